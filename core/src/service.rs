@@ -1,0 +1,62 @@
+//! A Service and its endpoints.
+
+use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
+
+use serde::{Deserialize, Serialize};
+
+use crate::id::{NamespacedName, WorkloadUid};
+
+/// What a Service port speaks, from `appProtocol` (KEP-1422) or because a route is attached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AppProtocol {
+    /// Bytes: nothing is waited for, nothing is parsed.
+    #[default]
+    Tcp,
+    /// HTTP/1.1 or HTTP/2 with prior knowledge, told apart by the first bytes.
+    Http,
+}
+
+/// A port of a Service.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServicePort {
+    /// Its name, empty where it has none.
+    pub name: Arc<str>,
+    /// The port at the Service's address.
+    pub port: u16,
+    /// What it speaks. Only TCP ports are listed.
+    pub app_protocol: AppProtocol,
+}
+
+/// One endpoint of a Service.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Endpoint {
+    /// Its address.
+    pub address: IpAddr,
+    /// Service port number -> port at the endpoint.
+    pub ports: BTreeMap<u16, u16>,
+    /// The Pod behind it, where it is one that the mesh knows.
+    pub workload: Option<WorkloadUid>,
+    /// False while it should get no new connections.
+    pub ready: bool,
+}
+
+/// A Service.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Service {
+    /// Namespace and name.
+    pub name: NamespacedName,
+    /// Its cluster addresses; empty for a headless Service.
+    pub addresses: Vec<IpAddr>,
+    /// Its TCP ports.
+    pub ports: Vec<ServicePort>,
+    /// Its endpoints.
+    pub endpoints: Vec<Endpoint>,
+}
+
+impl Service {
+    /// The port with this number.
+    pub fn port(&self, number: u16) -> Option<&ServicePort> {
+        self.ports.iter().find(|p| p.port == number)
+    }
+}
