@@ -100,7 +100,8 @@ impl FromStr for SpiffeId {
         if id.len() > MAX_SPIFFE_ID {
             return Err(invalid(id, "it is longer than 2048 bytes"));
         }
-        let rest = id.strip_prefix("spiffe://").ok_or_else(|| invalid(id, "it does not begin with spiffe://"))?;
+        let rest =
+            id.strip_prefix("spiffe://").ok_or_else(|| invalid(id, "it does not begin with spiffe://"))?;
         let (domain, path) = rest.split_once('/').ok_or_else(|| invalid(id, "it has no path"))?;
         TrustDomain::new(domain)?;
         let segment_ok = |s: &str| {
@@ -110,7 +111,10 @@ impl FromStr for SpiffeId {
                 && s.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
         };
         if !path.split('/').all(segment_ok) {
-            return Err(invalid(id, "a path segment is empty, '.', '..' or holds a character outside [a-zA-Z0-9._-]"));
+            return Err(invalid(
+                id,
+                "a path segment is empty, '.', '..' or holds a character outside [a-zA-Z0-9._-]",
+            ));
         }
         Ok(Self(id.into()))
     }

@@ -101,6 +101,7 @@ pub struct MeshState {
     by_address: HashMap<IpAddr, WorkloadUid>,
     by_service_address: HashMap<IpAddr, NamespacedName>,
     by_subject: HashMap<SubjectId, WorkloadUid>,
+    routes_by_service: HashMap<NamespacedName, Vec<NamespacedName>>,
 }
 
 impl MeshState {
@@ -137,6 +138,15 @@ impl MeshState {
         self.by_service_address =
             self.services.values().flat_map(|s| s.addresses.iter().map(|a| (*a, s.name.clone()))).collect();
         self.by_subject = self.workloads.values().map(|w| (w.subject, w.uid.clone())).collect();
+        self.routes_by_service.clear();
+        for route in self.routes.values() {
+            for parent in &route.parents {
+                let names = self.routes_by_service.entry(parent.service.clone()).or_default();
+                if names.last() != Some(&route.name) {
+                    names.push(route.name.clone());
+                }
+            }
+        }
     }
 
     /// Everything in it, as a full delta (for the snapshot on disk).
@@ -198,6 +208,12 @@ impl MeshState {
     /// All routes.
     pub fn routes(&self) -> impl Iterator<Item = &Arc<HttpRoute>> {
         self.routes.values()
+    }
+
+    /// The routes that name a Service as their parent.
+    pub fn routes_of(&self, service: &NamespacedName) -> impl Iterator<Item = &HttpRoute> {
+        let names = self.routes_by_service.get(service).map_or(&[][..], Vec::as_slice);
+        names.iter().filter_map(|name| self.routes.get(name)).map(Arc::as_ref)
     }
 
     /// All policies.
