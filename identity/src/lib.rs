@@ -1,1 +1,29 @@
-//! placeholder
+//! Who a Pod is on the wire: X.509-SVIDs, the TLS configurations made of them, who issues them, and how the node
+//! keeps them fresh.
+//!
+//! A [`CredentialManager`] fetches and renews through an [`Issuer`]; the proxy holds a [`CredentialReader`], which
+//! can only read. What is published is one whole, validated [`Credentials`], never a loose key or chain.
+#![forbid(unsafe_code)]
+
+pub mod ca;
+pub mod cache;
+pub mod client;
+mod credentials;
+mod issuer;
+mod key;
+mod manager;
+mod peer;
+mod store;
+#[cfg(test)]
+mod testing;
+mod tls;
+mod verify;
+
+pub use credentials::{CredentialError, Credentials};
+pub use issuer::{BoxFuture, IssueError, Issuer, Signed};
+pub use key::{KeyError, SvidKey};
+pub use manager::{Clock, CredentialManager, ManagerConfig, SvidStatus};
+pub use peer::{PeerError, peer_identity};
+pub use store::{CredentialPublisher, CredentialReader, credentials};
+pub use verify::IdentityError;
+pub use weft_core::{SpiffeId, TrustDomain};

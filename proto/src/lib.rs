@@ -1,6 +1,11 @@
 //! The protocols: operator and agent (`control`), an agent's own state (`agent`), flows (`observer`, `flow`).
 #![forbid(unsafe_code)]
-#![allow(missing_docs, unreachable_pub, clippy::all, reason = "generated code; the .proto files hold the documentation")]
+#![allow(
+    missing_docs,
+    unreachable_pub,
+    clippy::all,
+    reason = "generated code; the .proto files hold the documentation"
+)]
 
 /// Operator and agent.
 pub mod control {
@@ -10,4 +15,32 @@ pub mod control {
 /// An agent's own state.
 pub mod agent {
     tonic::include_proto!("weft.agent.v1");
+}
+
+/// Flow records, as Hubble's `flow` package numbers them.
+pub mod flow {
+    tonic::include_proto!("flow");
+}
+
+/// Node states, as Hubble's `relay` package numbers them.
+pub mod relay {
+    tonic::include_proto!("relay");
+}
+
+/// The observer service, as Hubble speaks it.
+pub mod observer {
+    tonic::include_proto!("observer");
+}
+
+/// Weft's part of a flow, in `flow::Flow::extensions`.
+pub mod weft_flow {
+    tonic::include_proto!("weft.flow.v1");
+
+    /// The type URL of [`Flow`] in an `Any`.
+    pub const TYPE_URL: &str = "type.googleapis.com/weft.flow.v1.Flow";
+}
+
+/// The standard health service.
+pub mod health {
+    tonic::include_proto!("grpc.health.v1");
 }

@@ -1,0 +1,311 @@
+//! `tc` at the host side of a Pod's interface: forged sources, TCP beside the proxy, and everything that is not TCP.
+
+use aya_ebpf::{
+    bindings::{TC_ACT_OK, TC_ACT_SHOT},
+    helpers::generated::{bpf_sk_fullsock, bpf_skb_load_bytes},
+    programs::TcContext,
+};
+use weft_ebpf_common::{
+    Addr, AddrInfo, FragKey, Pod, Tuple, addr,
+    codes::{FLOW_IDLE_NS, FRAG_IDLE_NS, info, kind, pod, proto, reason, stat, verdict},
+    judge::{Judgement, Query},
+    packet::{ETH_IP4, ETH_IP6, ETH_LEN, Load, Packet, fragment, parse, tcp},
+};
+
+use crate::{
+    events,
+    maps::{FLOWS, FRAGS, VETHS},
+    sock, tables,
+};
+
+mod report;
+
+use report::{Way, deny, drop_with, forwarded};
+
+struct Skb<'a>(&'a TcContext);
+
+impl Load for Skb<'_> {
+    #[inline(always)]
+    fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
+        let mut bytes = [0_u8; N];
+        // SAFETY: the helper writes at most N bytes, and checks the packet's bounds.
+        let result =
+            unsafe { bpf_skb_load_bytes(self.0.skb.skb.cast(), offset, bytes.as_mut_ptr().cast(), N as u32) };
+        (result == 0).then_some(bytes)
+    }
+}
+
+/// What leaves a Pod.
+#[inline(always)]
+pub(crate) fn from_pod(ctx: &TcContext) -> i32 {
+    let Some((own, ethertype)) = subject_to_judgement(ctx) else {
+        return TC_ACT_OK;
+    };
+    let Some(packet) = parse(&Skb(ctx), ETH_LEN, ethertype) else {
+        return drop_with(own, Way::Out, stat::EXT_HDR_DROPPED, reason::UNSUPPORTED);
+    };
+    if !own_source(own, &packet) {
+        return deny(own, Way::Out, &packet, (0, 0), stat::SPOOFED, &refusal(reason::INVALID_SOURCE));
+    }
+    match judge_out(ctx, own, &packet) {
+        TC_ACT_OK => first_fragment(&packet, Way::Out),
+        refused => refused,
+    }
+}
+
+/// What enters a Pod.
+#[inline(always)]
+pub(crate) fn to_pod(ctx: &TcContext) -> i32 {
+    let Some((own, ethertype)) = subject_to_judgement(ctx) else {
+        return TC_ACT_OK;
+    };
+    let Some(packet) = parse(&Skb(ctx), ETH_LEN, ethertype) else {
+        return drop_with(own, Way::In, stat::EXT_HDR_DROPPED, reason::UNSUPPORTED);
+    };
+    if addr::is_loopback(&packet.src) {
+        // sk_lookup passes what comes from loopback; only what never left the Pod may look like it.
+        return deny(
+            own,
+            Way::In,
+            &packet,
+            (0, own.subject),
+            stat::MARTIAN,
+            &refusal(reason::INVALID_SOURCE),
+        );
+    }
+    match judge_in(own, &packet) {
+        TC_ACT_OK => first_fragment(&packet, Way::In),
+        refused => refused,
+    }
+}
+
+/// The Pod behind this interface and the packet's EtherType, where there is anything to judge.
+#[inline(always)]
+fn subject_to_judgement(ctx: &TcContext) -> Option<(&'static Pod, u16)> {
+    let skb = ctx.skb.skb;
+    // SAFETY: plain fields of the context.
+    let (ifindex, protocol) = unsafe { ((*skb).ifindex, (*skb).protocol) };
+    // SAFETY: rows are replaced whole by the agent.
+    let own = unsafe { VETHS.get(ifindex) }?;
+    let ethertype = u16::from_be(protocol as u16);
+    (own.flags & pod::PASS == 0 && (ethertype == ETH_IP4 || ethertype == ETH_IP6)).then_some((own, ethertype))
+}
+
+#[inline(always)]
+fn own_source(own: &Pod, packet: &Packet) -> bool {
+    if addr::is_unspecified(&packet.src) {
+        // Duplicate address detection and MLD before there is an address.
+        return packet.control && !addr::is_v4(&packet.src);
+    }
+    if addr::same(&packet.src, &own.ip4) || addr::same(&packet.src, &own.ip6) {
+        return true;
+    }
+    addr::is_link_local6(&packet.src) && packet.control
+}
+
+#[inline(always)]
+fn judge_out(ctx: &TcContext, own: &Pod, packet: &Packet) -> i32 {
+    if packet.fragment == fragment::LATER {
+        return later_fragment(own, packet, Way::Out);
+    }
+    if packet.control {
+        return TC_ACT_OK;
+    }
+    if packet.proto == proto::TCP {
+        return syn_out(ctx, own, packet);
+    }
+    let found = tables::address(&packet.dst);
+    let Some(to) = found.filter(|to| to.flags & info::ENROLLED != 0) else {
+        // Not ours to judge; but its replies must come back in.
+        remember(packet);
+        return TC_ACT_OK;
+    };
+    if is_reply(packet) {
+        return TC_ACT_OK;
+    }
+    let query = Query {
+        src: own.subject,
+        dst: to.subject,
+        port: packet.policy_port(),
+        proto: packet.proto,
+        authenticated: true,
+        dst_flags: to.flags,
+    };
+    let crosses =
+        to.flags & info::LOCAL == 0 && (own.flags & pod::STRICT != 0 || to.flags & info::STRICT != 0);
+    settle(own, packet, &query, crosses, Way::Out)
+}
+
+/// TCP that leaves: only the opening SYN is judged, and only whether it came through the proxy.
+#[inline(always)]
+fn syn_out(ctx: &TcContext, own: &Pod, packet: &Packet) -> i32 {
+    if packet.tcp_flags & (tcp::SYN | tcp::ACK) != tcp::SYN {
+        return TC_ACT_OK;
+    }
+    let Some(to) = tables::address_or_range(&packet.dst) else {
+        return TC_ACT_OK;
+    };
+    if !tables::is_mesh(to.flags) || through_the_mesh(ctx) {
+        return TC_ACT_OK;
+    }
+    deny(own, Way::Out, packet, (own.subject, to.subject), stat::BYPASS_SYN, &refusal(reason::PROXY_BYPASSED))
+}
+
+/// True where the packet's socket is the proxy's, or was judged at connect. No application can forge the mark.
+#[inline(always)]
+fn through_the_mesh(ctx: &TcContext) -> bool {
+    // SAFETY: a plain field of the context; checked for null as the verifier wants it.
+    unsafe {
+        let sk = (*ctx.skb.skb).__bindgen_anon_2.sk;
+        if sk.is_null() {
+            return false;
+        }
+        let sk = bpf_sk_fullsock(sk);
+        if sk.is_null() {
+            return false;
+        }
+        let meta = sock::meta(sk);
+        !meta.is_null() && ((*meta).kind == kind::PROXY || (*meta).kind == kind::DIRECT)
+    }
+}
+
+#[inline(always)]
+fn judge_in(own: &Pod, packet: &Packet) -> i32 {
+    if packet.proto == proto::TCP {
+        // sk_lookup judges connections, whole datagrams or not.
+        return TC_ACT_OK;
+    }
+    if packet.fragment == fragment::LATER {
+        return later_fragment(own, packet, Way::In);
+    }
+    if packet.control || is_reply(packet) {
+        return TC_ACT_OK;
+    }
+    let dst = if addr::is_multicast(&packet.dst) {
+        if addr::is_v4(&packet.dst) { &own.ip4 } else { &own.ip6 }
+    } else {
+        &packet.dst
+    };
+    let mut dst_flags = tables::destination(dst, own.flags);
+    let strict = own.flags & pod::STRICT != 0;
+    if strict {
+        dst_flags |= info::STRICT;
+    }
+    let (src, authenticated, crosses) = match tables::address(&packet.src) {
+        Some(AddrInfo { subject, flags }) if flags & info::ENROLLED != 0 => {
+            (subject, true, flags & info::LOCAL == 0 && (strict || flags & info::STRICT != 0))
+        }
+        _ => (tables::outside(&packet.src), false, false),
+    };
+    let query = Query {
+        src,
+        dst: own.subject,
+        port: packet.policy_port(),
+        proto: packet.proto,
+        authenticated,
+        dst_flags,
+    };
+    settle(own, packet, &query, crosses, Way::In)
+}
+
+/// The verdict on a packet that is not TCP, carried out. `crosses`: it goes between nodes, and one side is strict.
+#[inline(always)]
+fn settle(own: &Pod, packet: &Packet, query: &Query, crosses: bool, way: Way) -> i32 {
+    let mut judged = tables::verdict(query);
+    if judged.verdict == verdict::PROXY {
+        // The proxy carries TCP only.
+        judged = Judgement { verdict: verdict::DENY, reason: reason::POLICY_DENIED, policy: judged.policy };
+    } else if crosses && judged.verdict == verdict::ALLOW {
+        judged =
+            Judgement { verdict: verdict::DENY, reason: reason::PLAINTEXT_REFUSED, policy: judged.policy };
+    }
+    let subjects = (query.src, query.dst);
+    if judged.denied() {
+        return deny(own, way, packet, subjects, stat::NON_TCP_DENIED, &judged);
+    }
+    if remember(packet) {
+        forwarded(own, way, packet, subjects, &judged);
+    }
+    TC_ACT_OK
+}
+
+#[inline(always)]
+fn refusal(reason: u8) -> Judgement {
+    Judgement { verdict: verdict::DENY, reason, policy: 0 }
+}
+
+#[inline(always)]
+fn flow(packet: &Packet, src: &Addr, dst: &Addr, sport: u16, dport: u16) -> Tuple {
+    Tuple { netns: 0, src: *src, dst: *dst, sport, dport, proto: packet.proto, pad: [0; 3] }
+}
+
+/// Notes the flow, so that its replies pass; true where it is new.
+#[inline(always)]
+fn remember(packet: &Packet) -> bool {
+    let key = flow(packet, &packet.src, &packet.dst, packet.sport, packet.dport);
+    let now = events::now();
+    if let Some(seen) = FLOWS.get_ptr_mut(&key) {
+        // SAFETY: one aligned word; writers on several CPUs write nearly the same time.
+        let before = unsafe { seen.read() };
+        // SAFETY: as above.
+        unsafe { seen.write(now) };
+        return now.wrapping_sub(before) >= FLOW_IDLE_NS;
+    }
+    if FLOWS.insert(key, now, 0).is_err() {
+        events::count(stat::MAP_FULL);
+    }
+    true
+}
+
+/// True for the reply of a live flow.
+#[inline(always)]
+fn is_reply(packet: &Packet) -> bool {
+    let key = flow(packet, &packet.dst, &packet.src, packet.dport, packet.sport);
+    let Some(seen) = FLOWS.get_ptr_mut(&key) else {
+        return false;
+    };
+    let now = events::now();
+    // SAFETY: one aligned word.
+    if now.wrapping_sub(unsafe { seen.read() }) >= FLOW_IDLE_NS {
+        return false;
+    }
+    // SAFETY: as above.
+    unsafe { seen.write(now) };
+    true
+}
+
+#[inline(always)]
+fn fragment_key(packet: &Packet, way: Way) -> FragKey {
+    FragKey {
+        src: packet.src,
+        dst: packet.dst,
+        id: packet.fragment_id,
+        proto: packet.fragment_proto,
+        hook: way as u8,
+        pad: [0; 2],
+    }
+}
+
+/// Notes a first fragment that passed.
+#[inline(always)]
+fn first_fragment(packet: &Packet, way: Way) -> i32 {
+    if packet.fragment == fragment::FIRST
+        && FRAGS.insert(fragment_key(packet, way), events::now(), 0).is_err()
+    {
+        events::count(stat::MAP_FULL);
+    }
+    TC_ACT_OK
+}
+
+/// Later fragments pass where the first one did.
+#[inline(always)]
+fn later_fragment(own: &Pod, packet: &Packet, way: Way) -> i32 {
+    // SAFETY: one aligned word, copied at once.
+    let passed = unsafe { FRAGS.get(fragment_key(packet, way)) }.copied();
+    if passed.is_some_and(|then| events::now().wrapping_sub(then) < FRAG_IDLE_NS) {
+        return TC_ACT_OK;
+    }
+    deny(own, way, packet, (0, 0), stat::FRAG_DROPPED, &refusal(reason::UNSUPPORTED))
+}
+
+const _: () = assert!(TC_ACT_SHOT == 2 && TC_ACT_OK == 0);

@@ -1,0 +1,146 @@
+//! The authority's file: reading with a check of who else could, writing whole or not at all.
+
+use std::{
+    fs::{File, OpenOptions},
+    io::{ErrorKind, Read, Write},
+    os::unix::fs::{MetadataExt, OpenOptionsExt},
+    path::Path,
+    time::{Duration, SystemTime},
+};
+
+use base64::{Engine, engine::general_purpose::STANDARD};
+use rcgen::{KeyPair, PKCS_ECDSA_P256_SHA256};
+use rustls_pki_types::{CertificateDer, PrivatePkcs8KeyDer, pem::PemObject};
+use weft_core::TrustDomain;
+use x509_parser::{certificate::X509Certificate, extensions::GeneralName, prelude::FromDer};
+use zeroize::{Zeroize, Zeroizing};
+
+use super::CaError;
+
+/// Longest file read, in bytes.
+const MAX_FILE: u64 = 256 * 1024;
+
+/// The file's text; `None` where there is no such file.
+pub(super) fn read(path: &Path) -> Result<Option<Zeroizing<String>>, CaError> {
+    let file = match File::open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(io(path, error)),
+    };
+    // Of the open file, not of the path: nobody can change one for the other in between.
+    let metadata = file.metadata().map_err(|error| io(path, error))?;
+    let mode = metadata.mode() & 0o7777;
+    if mode & 0o077 != 0 {
+        return Err(CaError::Permissions { path: path.display().to_string(), mode });
+    }
+    let mut text =
+        Zeroizing::new(String::with_capacity(usize::try_from(metadata.len().min(MAX_FILE)).unwrap_or(0) + 1));
+    file.take(MAX_FILE).read_to_string(&mut text).map_err(|error| io(path, error))?;
+    Ok(Some(text))
+}
+
+/// Writes a new file; false where one appeared in the meantime, which is then left as it is.
+pub(super) fn create(path: &Path, content: &[u8]) -> Result<bool, CaError> {
+    let fail = |error| io(path, error);
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let name = path.file_name().ok_or_else(|| fail(ErrorKind::InvalidInput.into()))?.to_string_lossy();
+    let temporary = folder.join(format!(".{name}.{}.{:08x}", std::process::id(), rand::random::<u32>()));
+    let written =
+        OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary).and_then(|mut file| {
+            file.write_all(content)?;
+            file.sync_all()?;
+            // A link, unlike a rename, never replaces the root that another process has just put there.
+            std::fs::hard_link(&temporary, path)?;
+            File::open(folder)?.sync_all()
+        });
+    // The content is under its own name now, or of no use.
+    let removed = std::fs::remove_file(&temporary);
+    match written {
+        Ok(()) => removed.map(|()| true).map_err(fail),
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(false),
+        Err(error) => Err(fail(error)),
+    }
+}
+
+/// The one key and the certificates.
+pub(super) fn parse(pem: &str) -> Result<(KeyPair, Vec<CertificateDer<'static>>), CaError> {
+    let mut keys = PrivatePkcs8KeyDer::pem_slice_iter(pem.as_bytes());
+    let mut der = keys.next().and_then(Result::ok).ok_or(CaError::Pem("there is no PKCS#8 PRIVATE KEY"))?;
+    if keys.next().is_some() {
+        return Err(CaError::Pem("there is more than one key"));
+    }
+    let key = KeyPair::from_pkcs8_der_and_sign_algo(&der, &PKCS_ECDSA_P256_SHA256);
+    der.zeroize();
+    let key = key.map_err(|_| CaError::Pem("the key is not ECDSA P-256"))?;
+    let certificates = CertificateDer::pem_slice_iter(pem.as_bytes())
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(|_| CaError::Pem("a certificate is malformed"))?;
+    Ok((key, certificates))
+}
+
+/// The SubjectPublicKeyInfo of a certificate, DER.
+pub(super) fn public_key(certificate: &CertificateDer<'_>) -> Result<Vec<u8>, CaError> {
+    Ok(parsed(certificate)?.public_key().raw.to_vec())
+}
+
+/// Checks that the certificate may sign SVIDs of `domain`, and says until when.
+pub(super) fn check_root(
+    certificate: &CertificateDer<'_>,
+    domain: &TrustDomain,
+) -> Result<SystemTime, CaError> {
+    let root = parsed(certificate)?;
+    let malformed = |_| CaError::Pem("the root's extensions are malformed");
+    if !root.basic_constraints().map_err(malformed)?.is_some_and(|constraints| constraints.value.ca) {
+        return Err(CaError::Pem("the certificate is not one of an authority (CA:TRUE)"));
+    }
+    if !root.key_usage().map_err(malformed)?.is_none_or(|usage| usage.value.key_cert_sign()) {
+        return Err(CaError::Pem("the certificate may not sign others (keyCertSign)"));
+    }
+    if root.subject() != root.issuer() {
+        return Err(CaError::Pem("the certificate is not self-signed; bring a root, not an intermediate"));
+    }
+    if let Some(names) = root.subject_alternative_name().map_err(malformed)? {
+        let own = format!("spiffe://{domain}");
+        for name in &names.value.general_names {
+            if let GeneralName::URI(uri) = name
+                && uri.trim_end_matches('/') != own
+            {
+                return Err(CaError::TrustDomain {
+                    found: uri.chars().take(300).collect(),
+                    expected: domain.clone(),
+                });
+            }
+        }
+    }
+    let not_after = u64::try_from(root.validity().not_after.timestamp()).unwrap_or(0);
+    let not_after = SystemTime::UNIX_EPOCH + Duration::from_secs(not_after);
+    if not_after <= SystemTime::now() {
+        return Err(CaError::Lifetime);
+    }
+    Ok(not_after)
+}
+
+pub(super) fn certificate_pem(certificate: &CertificateDer<'static>) -> String {
+    let encoded = STANDARD.encode(certificate);
+    let mut pem = String::with_capacity(encoded.len() + encoded.len() / 64 + 64);
+    pem.push_str("-----BEGIN CERTIFICATE-----\n");
+    let mut rest = encoded.as_str();
+    while !rest.is_empty() {
+        let (line, next) = rest.split_at(rest.len().min(64));
+        pem.push_str(line);
+        pem.push('\n');
+        rest = next;
+    }
+    pem.push_str("-----END CERTIFICATE-----\n");
+    pem
+}
+
+fn parsed<'a>(certificate: &'a CertificateDer<'_>) -> Result<X509Certificate<'a>, CaError> {
+    X509Certificate::from_der(certificate)
+        .map(|(_, parsed)| parsed)
+        .map_err(|_| CaError::Pem("a certificate is malformed"))
+}
+
+fn io(path: &Path, error: std::io::Error) -> CaError {
+    CaError::Io { path: path.display().to_string(), error }
+}

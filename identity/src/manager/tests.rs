@@ -1,0 +1,310 @@
+use std::sync::atomic::AtomicUsize;
+
+use tokio::{
+    sync::{Semaphore, watch},
+    time::Instant,
+};
+use weft_runtime::{DrainTrigger, Tasks, drain};
+
+use super::*;
+use crate::{
+    Signed,
+    ca::EmbeddedCa,
+    testing::{HOUR, ca, credentials, id},
+};
+
+/// Follows tokio's clock, which a paused test moves.
+struct TestClock {
+    base: (SystemTime, Instant),
+}
+
+impl Clock for TestClock {
+    fn now(&self) -> SystemTime {
+        self.base.0 + self.base.1.elapsed()
+    }
+}
+
+/// Signs while it has permits to; each signature uses one up unless `free`.
+struct TestIssuer {
+    ca: EmbeddedCa,
+    clock: Arc<TestClock>,
+    up: AtomicBool,
+    calls: AtomicUsize,
+    running: AtomicUsize,
+    most: AtomicUsize,
+    gate: Semaphore,
+    wrong_id: Option<SpiffeId>,
+}
+
+impl Issuer for TestIssuer {
+    fn sign<'a>(&'a self, id: &'a SpiffeId, csr_der: Vec<u8>) -> BoxFuture<'a, Result<Signed, IssueError>> {
+        Box::pin(async move {
+            self.calls.fetch_add(1, Ordering::SeqCst);
+            let running = self.running.fetch_add(1, Ordering::SeqCst) + 1;
+            self.most.fetch_max(running, Ordering::SeqCst);
+            let result = async {
+                if !self.up.load(Ordering::SeqCst) {
+                    return Err(IssueError::Denied("no such Pod on this node".into()));
+                }
+                let _pass = self.gate.acquire().await.map_err(|e| IssueError::Request(e.to_string()))?;
+                tokio::task::yield_now().await;
+                let id = self.wrong_id.as_ref().unwrap_or(id);
+                self.ca
+                    .sign_at(id, &csr_der, HOUR, self.clock.now())
+                    .map_err(|error| IssueError::Request(error.to_string()))
+            }
+            .await;
+            self.running.fetch_sub(1, Ordering::SeqCst);
+            result
+        })
+    }
+}
+
+struct Fixture {
+    issuer: Arc<TestIssuer>,
+    clock: Arc<TestClock>,
+    manager: CredentialManager,
+    reader: CredentialReader,
+    tasks: Tasks,
+    trigger: DrainTrigger,
+}
+
+const MANY: usize = 1000;
+
+impl Fixture {
+    fn start(permits: usize, adjust: impl FnOnce(&mut TestIssuer, &mut ManagerConfig)) -> Self {
+        let clock = Arc::new(TestClock { base: (SystemTime::now(), Instant::now()) });
+        let mut issuer = TestIssuer {
+            ca: ca(),
+            clock: Arc::clone(&clock),
+            up: AtomicBool::new(true),
+            calls: AtomicUsize::new(0),
+            running: AtomicUsize::new(0),
+            most: AtomicUsize::new(0),
+            gate: Semaphore::new(permits),
+            wrong_id: None,
+        };
+        let mut config =
+            ManagerConfig { clock: Arc::clone(&clock) as Arc<dyn Clock>, ..ManagerConfig::default() };
+        adjust(&mut issuer, &mut config);
+        let issuer = Arc::new(issuer);
+        let (manager, reader) =
+            CredentialManager::with_config(Arc::clone(&issuer) as Arc<dyn Issuer>, config);
+        let (trigger, watcher) = drain::channel();
+        let tasks = Tasks::new();
+        tasks.spawn("credentials", manager.clone().run(watcher));
+        Self { issuer, clock, manager, reader, tasks, trigger }
+    }
+
+    fn want(&self, names: &[&str]) {
+        self.manager.want(names.iter().map(|name| id(name)).collect());
+    }
+
+    fn up(&self, up: bool) {
+        self.issuer.up.store(up, Ordering::SeqCst);
+    }
+
+    async fn stop(self) {
+        assert!(self.trigger.drain(Duration::from_secs(1)).await);
+        assert_eq!(self.tasks.join(Duration::from_secs(1)).await, 0);
+    }
+}
+
+type Receiver = watch::Receiver<Option<Arc<Credentials>>>;
+
+async fn some(receiver: &mut Receiver) -> Arc<Credentials> {
+    receiver.wait_for(Option::is_some).await.unwrap().clone().unwrap()
+}
+
+async fn none(receiver: &mut Receiver) {
+    receiver.wait_for(Option::is_none).await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn fetched_when_wanted_and_renewed_at_half_life() {
+    let fixture = Fixture::start(MANY, |_, _| {});
+    let mut web = fixture.reader.subscribe(&id("web"));
+    assert!(web.borrow_and_update().is_none() && fixture.reader.current(&id("web")).is_none());
+    fixture.want(&["web"]);
+    let mut last = some(&mut web).await;
+    assert_eq!(last.id(), &id("web"));
+    assert_eq!(fixture.reader.current(&id("web")).unwrap().generation(), last.generation());
+    for _ in 0..20 {
+        web.borrow_and_update();
+        web.changed().await.unwrap();
+        let next = some(&mut web).await;
+        let age = next.obtained().duration_since(last.obtained()).unwrap();
+        assert!(age >= HOUR.mul_f64(0.449) && age <= HOUR.mul_f64(0.551), "renewed after {age:?}");
+        assert!(next.generation() > last.generation() && next.serial() != last.serial());
+        last = next;
+    }
+    fixture.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_no_longer_wanted_is_dropped_at_once() {
+    let fixture = Fixture::start(MANY, |_, _| {});
+    let (mut web, mut api) = (fixture.reader.subscribe(&id("web")), fixture.reader.subscribe(&id("api")));
+    fixture.want(&["web", "api"]);
+    let held = some(&mut web).await;
+    some(&mut api).await;
+    fixture.want(&["api"]);
+    assert!(web.borrow().is_none() && fixture.reader.current(&id("web")).is_none());
+    assert!(fixture.reader.current(&id("api")).is_some());
+    assert_eq!(fixture.manager.status().len(), 1);
+    // Wanted again, it is a new one.
+    fixture.want(&["web", "api"]);
+    assert!(some(&mut web).await.generation() > held.generation());
+    fixture.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_answer_for_what_is_no_longer_wanted_is_thrown_away() {
+    let fixture = Fixture::start(0, |_, _| {});
+    fixture.want(&["web"]);
+    while fixture.issuer.calls.load(Ordering::SeqCst) == 0 {
+        tokio::task::yield_now().await;
+    }
+    let mut api = fixture.reader.subscribe(&id("api"));
+    let web = fixture.reader.subscribe(&id("web"));
+    fixture.want(&["api"]);
+    fixture.issuer.gate.add_permits(1);
+    some(&mut api).await;
+    assert!(!web.has_changed().unwrap() && web.borrow().is_none());
+    fixture.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn failures_are_seen_and_tried_again() {
+    let fixture = Fixture::start(MANY, |issuer, _| issuer.up = AtomicBool::new(false));
+    let mut web = fixture.reader.subscribe(&id("web"));
+    fixture.want(&["web"]);
+    let start = Instant::now();
+    while fixture.issuer.calls.load(Ordering::SeqCst) < 6 {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    // 250, 500, 1000, 2000 and 4000 ms, each shortened by up to a half.
+    let waited = start.elapsed();
+    assert!(waited >= Duration::from_millis(3_800) && waited <= Duration::from_millis(8_000), "{waited:?}");
+    let status = fixture.manager.status();
+    let problem = status[0].problem.as_deref().unwrap();
+    assert!(problem.contains("no such Pod") && status[0].not_after.is_none(), "{problem}");
+    fixture.up(true);
+    let held = some(&mut web).await;
+    let expected = SvidStatus { id: id("web"), not_after: Some(held.not_after()), problem: None };
+    assert_eq!(fixture.manager.status(), [expected]);
+    fixture.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn expiry_takes_it_back_and_recovery_brings_a_new_one() {
+    let fixture = Fixture::start(MANY, |_, _| {});
+    let mut web = fixture.reader.subscribe(&id("web"));
+    fixture.want(&["web"]);
+    let held = some(&mut web).await;
+    fixture.up(false);
+    none(&mut web).await;
+    let late = fixture.clock.now().duration_since(held.not_after()).expect("not before its end");
+    assert!(late <= Duration::from_secs(1), "{late:?} after its end");
+    assert!(fixture.manager.status()[0].problem.is_some());
+    fixture.up(true);
+    assert!(some(&mut web).await.generation() > held.generation());
+    let mut registry = Registry::default();
+    fixture.manager.register(&mut registry);
+    let mut text = String::new();
+    prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
+    assert!(text.contains("weft_svid_expired_total 1\n") && text.contains("weft_svids 1\n"), "{text}");
+    fixture.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_silent_issuer_is_given_up_on() {
+    let fixture = Fixture::start(0, |_, _| {});
+    fixture.want(&["web"]);
+    while fixture.manager.status()[0].problem.is_none() {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+    let problem = fixture.manager.status()[0].problem.clone().unwrap();
+    assert!(problem.contains("no answer within 15 s"), "{problem}");
+    fixture.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_answer_for_somebody_else_is_refused() {
+    let fixture = Fixture::start(MANY, |issuer, _| issuer.wrong_id = Some(id("admin")));
+    fixture.want(&["web"]);
+    while fixture.manager.status()[0].problem.is_none() {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let problem = fixture.manager.status()[0].problem.clone().unwrap();
+    assert!(problem.contains("sa/admin") && problem.contains("sa/web"), "{problem}");
+    assert!(fixture.reader.current(&id("web")).is_none() && fixture.reader.current(&id("admin")).is_none());
+    fixture.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn few_signatures_are_asked_for_at_a_time() {
+    let fixture = Fixture::start(MANY, |_, config| config.concurrency = 3);
+    let names: Vec<String> = (0..20).map(|n| format!("app-{n}")).collect();
+    let mut receivers: Vec<_> = names.iter().map(|name| fixture.reader.subscribe(&id(name))).collect();
+    fixture.want(&names.iter().map(String::as_str).collect::<Vec<_>>());
+    for receiver in &mut receivers {
+        some(receiver).await;
+    }
+    assert_eq!(fixture.issuer.most.load(Ordering::SeqCst), 3);
+    assert_eq!(fixture.issuer.calls.load(Ordering::SeqCst), 20);
+    fixture.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_restart_serves_from_the_cache_while_the_issuer_is_away() {
+    let folder = tempfile::tempdir_in("/dev/shm").unwrap();
+    let path = folder.path().join("credentials");
+    let before = Fixture::start(MANY, |_, config| config.cache = Some(path.clone()));
+    let (mut web, mut api) = (before.reader.subscribe(&id("web")), before.reader.subscribe(&id("api")));
+    before.want(&["web", "api"]);
+    let held = some(&mut web).await;
+    some(&mut api).await;
+    before.stop().await;
+
+    let after = Fixture::start(MANY, |issuer, config| {
+        config.cache = Some(path.clone());
+        issuer.up = AtomicBool::new(false);
+    });
+    assert!(after.reader.current(&id("web")).is_none(), "nothing is handed out before it is wanted");
+    after.want(&["web"]);
+    assert_eq!(after.reader.current(&id("web")).unwrap().serial(), held.serial());
+    // The other one is gone for good, from the file too.
+    after.want(&["web", "api"]);
+    assert!(after.reader.current(&id("api")).is_none());
+    after.stop().await;
+    let text = std::fs::read_to_string(&path).unwrap();
+    assert!(text.contains("sa/web") && !text.contains("sa/api"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_cache_on_disk_is_done_without() {
+    let fixture = Fixture::start(MANY, |_, config| config.cache = Some("/proc/credentials".into()));
+    let mut web = fixture.reader.subscribe(&id("web"));
+    fixture.want(&["web"]);
+    some(&mut web).await;
+    fixture.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn churn_leaves_no_channels_behind() {
+    let fixture = Fixture::start(MANY, |_, _| {});
+    for n in 0..200 {
+        drop(fixture.reader.subscribe(&id(&format!("gone-{n}"))));
+    }
+    assert!(format!("{:?}", fixture.reader).contains("channels: 1 "), "{:?}", fixture.reader);
+    fixture.stop().await;
+}
+
+#[test]
+fn debug_shows_no_key() {
+    let held = credentials(&ca(), &id("web"));
+    let shown = format!("{held:?} {:?}", held.client_config(&id("api")));
+    let key = format!("{:?}", &held.key().pkcs8()[36..60]);
+    assert!(!shown.contains(key.trim_matches(['[', ']'])), "{shown}");
+}

@@ -1,0 +1,241 @@
+//! The check of a peer in the handshake: chain, trust domain, SPIFFE id.
+
+use std::{fmt, sync::Arc};
+
+use rustls::{
+    CertificateError, DigitallySignedStruct, DistinguishedName, Error, OtherError, SignatureScheme,
+    client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+    crypto::{CryptoProvider, verify_tls13_signature},
+    server::danger::{ClientCertVerified, ClientCertVerifier},
+};
+use rustls_pki_types::{CertificateDer, ServerName, TrustAnchor, UnixTime};
+use webpki::{EndEntityCert, KeyUsage, anchor_from_trusted_cert};
+use weft_core::{SpiffeId, TrustDomain};
+
+use crate::peer::{PeerError, peer_identity};
+
+/// Most intermediates looked at; a mesh has none or one.
+const MAX_INTERMEDIATES: usize = 8;
+
+/// The chain is good, but it is not the peer that it must be.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum IdentityError {
+    /// The certificate is no SVID of a workload.
+    #[error(transparent)]
+    Peer(#[from] PeerError),
+    /// It belongs to another trust domain.
+    #[error("the peer is {peer}, outside the trust domain {expected}")]
+    TrustDomain {
+        /// Who the peer is.
+        peer: SpiffeId,
+        /// The trust domain of this node.
+        expected: String,
+    },
+    /// It is somebody else.
+    #[error("the peer is {peer}, expected {expected}: the address may have been given to another Pod")]
+    Unexpected {
+        /// Who the peer is.
+        peer: SpiffeId,
+        /// Who it must be.
+        expected: SpiffeId,
+    },
+}
+
+impl IdentityError {
+    /// The reason inside a failed handshake's error, as rustls gives it or as IO error; `None` where the handshake
+    /// failed for something else.
+    pub fn find<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a Self> {
+        if let Some(io) = error.downcast_ref::<std::io::Error>() {
+            return Self::find(io.get_ref()?);
+        }
+        match error.downcast_ref::<Error>()? {
+            Error::InvalidCertificate(CertificateError::Other(OtherError(reason))) => reason.downcast_ref(),
+            _ => None,
+        }
+    }
+}
+
+/// The roots of one trust domain.
+pub(crate) struct TrustBundle {
+    domain: TrustDomain,
+    anchors: Vec<TrustAnchor<'static>>,
+    provider: Arc<CryptoProvider>,
+}
+
+impl TrustBundle {
+    pub(crate) fn new(
+        domain: TrustDomain,
+        roots: &[CertificateDer<'static>],
+        provider: Arc<CryptoProvider>,
+    ) -> Result<Self, webpki::Error> {
+        let anchors = roots
+            .iter()
+            .map(|root| Ok(anchor_from_trusted_cert(root)?.to_owned()))
+            .collect::<Result<_, _>>()?;
+        Ok(Self { domain, anchors, provider })
+    }
+
+    /// The id of a peer whose chain leads to a root of this bundle, at `now`.
+    pub(crate) fn verify(
+        &self,
+        leaf: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+        usage: KeyUsage,
+    ) -> Result<SpiffeId, Error> {
+        if intermediates.len() > MAX_INTERMEDIATES {
+            return Err(Error::InvalidCertificate(CertificateError::BadEncoding));
+        }
+        let algorithms = self.provider.signature_verification_algorithms.all;
+        EndEntityCert::try_from(leaf)
+            .and_then(|leaf| {
+                leaf.verify_for_usage(algorithms, &self.anchors, intermediates, now, usage, None, None)
+                    .map(drop)
+            })
+            .map_err(chain_error)?;
+        let peer = peer_identity(std::slice::from_ref(leaf)).map_err(|error| refuse(error.into()))?;
+        if peer.trust_domain() == self.domain.as_str() {
+            Ok(peer)
+        } else {
+            Err(refuse(IdentityError::TrustDomain { peer, expected: self.domain.to_string() }))
+        }
+    }
+
+    fn signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        verify_tls13_signature(message, cert, signed, &self.provider.signature_verification_algorithms)
+    }
+
+    fn schemes(&self) -> Vec<SignatureScheme> {
+        self.provider.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+impl fmt::Debug for TrustBundle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TrustBundle")
+            .field("domain", &self.domain)
+            .field("roots", &self.anchors.len())
+            .finish()
+    }
+}
+
+/// The server's side: any workload of the trust domain may connect; what it may do is policy, later.
+#[derive(Debug)]
+pub(crate) struct AnyWorkload(pub(crate) Arc<TrustBundle>);
+
+impl ClientCertVerifier for AnyWorkload {
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        &[]
+    }
+
+    fn verify_client_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, Error> {
+        self.0
+            .verify(end_entity, intermediates, now, KeyUsage::client_auth())
+            .map(|_| ClientCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _message: &[u8],
+        _cert: &CertificateDer<'_>,
+        _dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        Err(only_tls13())
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        self.0.signature(message, cert, dss)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.schemes()
+    }
+}
+
+/// The client's side: exactly this peer.
+#[derive(Debug)]
+pub(crate) struct ExpectedWorkload {
+    pub(crate) bundle: Arc<TrustBundle>,
+    pub(crate) expected: SpiffeId,
+}
+
+impl ServerCertVerifier for ExpectedWorkload {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        _server_name: &ServerName<'_>,
+        _ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, Error> {
+        let peer = self.bundle.verify(end_entity, intermediates, now, KeyUsage::server_auth())?;
+        if peer == self.expected {
+            Ok(ServerCertVerified::assertion())
+        } else {
+            Err(refuse(IdentityError::Unexpected { peer, expected: self.expected.clone() }))
+        }
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _message: &[u8],
+        _cert: &CertificateDer<'_>,
+        _dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        Err(only_tls13())
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        self.bundle.signature(message, cert, dss)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.bundle.schemes()
+    }
+}
+
+fn only_tls13() -> Error {
+    Error::General("a TLS 1.2 signature where only TLS 1.3 is offered".into())
+}
+
+fn refuse(error: IdentityError) -> Error {
+    Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(error))))
+}
+
+/// Keeps the reasons apart for which a peer gets a telling alert and an operator a telling log line.
+fn chain_error(error: webpki::Error) -> Error {
+    Error::InvalidCertificate(match error {
+        webpki::Error::BadDer | webpki::Error::BadDerTime | webpki::Error::TrailingData(_) => {
+            CertificateError::BadEncoding
+        }
+        webpki::Error::CertNotValidYet { time, not_before } => {
+            CertificateError::NotValidYetContext { time, not_before }
+        }
+        webpki::Error::CertExpired { time, not_after } => {
+            CertificateError::ExpiredContext { time, not_after }
+        }
+        webpki::Error::UnknownIssuer => CertificateError::UnknownIssuer,
+        webpki::Error::InvalidSignatureForPublicKey => CertificateError::BadSignature,
+        other => CertificateError::Other(OtherError(Arc::new(other))),
+    })
+}
