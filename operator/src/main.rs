@@ -1,2 +1,9 @@
-//! placeholder
-fn main() {}
+//! `weft-operator`.
+#![forbid(unsafe_code)]
+
+use clap::Parser;
+use weft_operator::{app, cli::Cli};
+
+fn main() -> anyhow::Result<()> {
+    app::main(Cli::parse())
+}

@@ -1,0 +1,176 @@
+//! Services and their endpoints: from EndpointSlices, or from the selector where there are none.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
+
+use k8s_openapi::{
+    api::{
+        core::v1::{Service as Object, ServicePort as ObjectPort},
+        discovery::v1::EndpointSlice,
+    },
+    apimachinery::pkg::util::intstr::IntOrString,
+};
+use weft_core::{
+    NamespacedName, Service, WorkloadUid,
+    service::{AppProtocol, Endpoint, ServicePort},
+};
+
+use super::{Good, Index, pods::Draft};
+
+/// A Service and the Pods behind it, ready or not.
+#[derive(Debug)]
+pub(super) struct Known {
+    pub(super) service: Service,
+    pub(super) pods: BTreeSet<WorkloadUid>,
+}
+
+/// All Services of the mesh's kind (none of type ExternalName).
+pub(super) fn collect(index: &Index, pods: &[Draft]) -> BTreeMap<NamespacedName, Known> {
+    let mut slices: BTreeMap<(&str, &str), Vec<&EndpointSlice>> = BTreeMap::new();
+    for (key, good) in index.good() {
+        if let Good::Slice(slice) = good
+            && let Some(service) =
+                slice.metadata.labels.as_ref().and_then(|l| l.get("kubernetes.io/service-name"))
+        {
+            slices.entry((&key.namespace, service)).or_default().push(slice);
+        }
+    }
+    let mut services = BTreeMap::new();
+    for (key, good) in index.good() {
+        let Good::Service(object) = good else { continue };
+        let spec = object.spec.clone().unwrap_or_default();
+        if spec.type_.as_deref() == Some("ExternalName") {
+            continue;
+        }
+        let name = NamespacedName::new(&key.namespace, &key.name);
+        let ports: Vec<ObjectPort> = (spec.ports.clone().unwrap_or_default().into_iter())
+            .filter(|p| p.protocol.as_deref().is_none_or(|p| p == "TCP") && port(p.port).is_some())
+            .collect();
+        let (endpoints, behind) = match slices.get(&(key.namespace.as_str(), key.name.as_str())) {
+            Some(slices) => from_slices(slices, &ports, pods, &key.namespace),
+            None => from_selector(object, &ports, pods, &key.namespace),
+        };
+        let service = Service {
+            name: name.clone(),
+            addresses: cluster_addresses(object),
+            ports: ports.iter().filter_map(service_port).collect(),
+            endpoints,
+        };
+        services.insert(name, Known { service, pods: behind });
+    }
+    services
+}
+
+fn port(number: i32) -> Option<u16> {
+    u16::try_from(number).ok().filter(|p| *p > 0)
+}
+
+fn service_port(p: &ObjectPort) -> Option<ServicePort> {
+    let http =
+        matches!(p.app_protocol.as_deref(), Some("http" | "kubernetes.io/h2c" | "grpc" | "kubernetes.io/ws"));
+    Some(ServicePort {
+        name: p.name.as_deref().unwrap_or_default().into(),
+        port: port(p.port)?,
+        app_protocol: if http { AppProtocol::Http } else { AppProtocol::Tcp },
+    })
+}
+
+fn cluster_addresses(object: &Object) -> Vec<IpAddr> {
+    let Some(spec) = &object.spec else { return Vec::new() };
+    let listed: Vec<&String> = match &spec.cluster_ips {
+        Some(all) if !all.is_empty() => all.iter().collect(),
+        _ => spec.cluster_ip.iter().collect(),
+    };
+    // "None" (headless) is no address.
+    listed.into_iter().filter_map(|text| super::address(text)).collect()
+}
+
+fn from_selector(
+    object: &Object,
+    ports: &[ObjectPort],
+    pods: &[Draft],
+    namespace: &str,
+) -> (Vec<Endpoint>, BTreeSet<WorkloadUid>) {
+    let spec = object.spec.clone().unwrap_or_default();
+    let selector = spec.selector.unwrap_or_default();
+    let mut endpoints = Vec::new();
+    let mut behind = BTreeSet::new();
+    // A Service without a selector has the endpoints that somebody writes, and none here.
+    if selector.is_empty() {
+        return (endpoints, behind);
+    }
+    let families = cluster_addresses(object);
+    for pod in pods {
+        let w = &pod.workload;
+        if *w.name.namespace != *namespace || !selector.iter().all(|(k, v)| w.labels.get(k) == Some(v)) {
+            continue;
+        }
+        behind.insert(w.uid.clone());
+        let at_pod: BTreeMap<u16, u16> = (ports.iter())
+            .filter_map(|p| {
+                let own = port(p.port)?;
+                let target = match &p.target_port {
+                    None => own,
+                    Some(IntOrString::Int(number)) => port(*number)?,
+                    Some(IntOrString::String(name)) => *w.named_ports.get(name)?,
+                };
+                Some((own, target))
+            })
+            .collect();
+        for address in &w.addresses {
+            // A Service of one family has endpoints of that family.
+            if families.is_empty() || families.iter().any(|f| f.is_ipv4() == address.is_ipv4()) {
+                endpoints.push(Endpoint {
+                    address: *address,
+                    ports: at_pod.clone(),
+                    workload: Some(w.uid.clone()),
+                    ready: pod.ready || spec.publish_not_ready_addresses == Some(true),
+                });
+            }
+        }
+    }
+    endpoints.sort_by_key(|e| e.address);
+    (endpoints, behind)
+}
+
+fn from_slices(
+    slices: &[&EndpointSlice],
+    ports: &[ObjectPort],
+    pods: &[Draft],
+    namespace: &str,
+) -> (Vec<Endpoint>, BTreeSet<WorkloadUid>) {
+    let mut endpoints: BTreeMap<IpAddr, Endpoint> = BTreeMap::new();
+    for slice in slices {
+        let at_pod: BTreeMap<u16, u16> = (slice.ports.iter().flatten())
+            .filter(|p| p.protocol.as_deref().is_none_or(|p| p == "TCP"))
+            .filter_map(|sliced| {
+                let name = sliced.name.as_deref().unwrap_or_default();
+                let own = ports.iter().find(|p| p.name.as_deref().unwrap_or_default() == name)?;
+                Some((port(own.port)?, port(sliced.port?)?))
+            })
+            .collect();
+        for e in &slice.endpoints {
+            let ready = e.conditions.as_ref().and_then(|c| c.ready).unwrap_or(true);
+            for address in e.addresses.iter().filter_map(|a| super::address(a)) {
+                let target = e.target_ref.as_ref().filter(|t| t.kind.as_deref() == Some("Pod"));
+                let workload = pods.iter().map(|p| &p.workload).find(|w| {
+                    w.addresses.contains(&address)
+                        && *w.name.namespace == *namespace
+                        && target.and_then(|t| t.name.as_deref()).is_none_or(|n| *w.name.name == *n)
+                });
+                let endpoint = endpoints.entry(address).or_insert_with(|| Endpoint {
+                    address,
+                    ports: BTreeMap::new(),
+                    workload: workload.map(|w| w.uid.clone()),
+                    ready,
+                });
+                endpoint.ready |= ready;
+                endpoint.ports.extend(&at_pod);
+            }
+        }
+    }
+    let behind = endpoints.values().filter_map(|e| e.workload.clone()).collect();
+    (endpoints.into_values().collect(), behind)
+}

@@ -1,0 +1,18 @@
+//! The operator: reads what users write, compiles it, streams each node its share, signs identities, writes status.
+//!
+//! Data goes one way: [`source`] → [`index`] → [`distribution`] → [`grpc`]; acks come back and end in [`status`].
+#![forbid(unsafe_code)]
+
+pub mod app;
+pub mod auth;
+pub mod cli;
+mod controller;
+pub mod distribution;
+pub mod grpc;
+pub mod index;
+pub mod metrics;
+pub mod objects;
+pub mod source;
+pub mod status;
+
+pub use distribution::Distribution;
