@@ -1,1 +1,18 @@
-//! placeholder
+//! The node agent: attaches the datapath, enrols Pods, runs the proxy, keeps flows and says how it is.
+#![deny(unsafe_code)]
+
+pub mod app;
+pub mod config;
+pub mod control;
+pub mod datapath;
+pub mod enrolment;
+pub mod events;
+pub mod files;
+pub mod flow;
+pub mod handover;
+pub mod metrics;
+pub mod node;
+pub mod snapshot;
+pub mod status;
+#[cfg(test)]
+mod testing;

@@ -1,2 +1,80 @@
-//! placeholder
-fn main() {}
+//! Every developer command: `cargo xtask help`.
+
+#![forbid(unsafe_code)]
+
+use std::process::ExitCode;
+
+mod bpf;
+mod crds;
+mod demo;
+mod lint;
+mod machine;
+mod sh;
+mod test;
+
+const HELP: &str = "\
+cargo xtask COMMAND
+
+  setup                  find or install the BPF toolchain and the demo's programs
+  build-ebpf             build the BPF object (target/bpf/weft.bpf.o)
+  build [--debug]        build everything (the BPF object too where it is missing or stale)
+  demo [--keep | --down] raise two nodes on this machine and tell the story
+  test [--tier N]...     run the tests: 1 units, 2 ABI and verifier, 3 BPF test runs, 4 real attach, 5 two nodes
+  lint                   format, clippy, dependency direction, file length, unsafe, CRDs, licences
+  crds [--check]         write deploy/crds from the types, or fail where it is stale
+
+Exit codes: 0 done, 1 it failed, 2 wrong usage, 3 this machine cannot run it.";
+
+/// How a command ends when it does not succeed.
+#[derive(Debug)]
+pub(crate) enum Failure {
+    /// It ran and found something wrong.
+    Failed(String),
+    /// It was called wrongly.
+    Usage(String),
+    /// This machine cannot run it.
+    Unable(String),
+}
+
+impl From<std::io::Error> for Failure {
+    fn from(error: std::io::Error) -> Self {
+        Self::Failed(error.to_string())
+    }
+}
+
+/// What a command gives.
+pub(crate) type Outcome<T = ()> = Result<T, Failure>;
+
+/// A [`Failure::Failed`] with that text.
+pub(crate) fn failed<T>(text: impl Into<String>) -> Outcome<T> {
+    Err(Failure::Failed(text.into()))
+}
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let outcome = match args.as_slice() {
+        ["setup"] => bpf::setup(),
+        ["build-ebpf"] => bpf::build_ebpf(),
+        ["build"] => bpf::build(bpf::Profile::Release),
+        ["build", "--debug"] => bpf::build(bpf::Profile::Dev),
+        ["demo", rest @ ..] => demo::run(rest),
+        ["test", rest @ ..] => test::run(rest),
+        ["lint"] => lint::run(),
+        ["crds"] => crds::run(false),
+        ["crds", "--check"] => crds::run(true),
+        [] | ["help" | "--help" | "-h"] => {
+            sh::say(HELP);
+            Ok(())
+        }
+        other => Err(Failure::Usage(format!("there is no `cargo xtask {}`\n\n{HELP}", other.join(" ")))),
+    };
+    let (code, text) = match outcome {
+        Ok(()) => return ExitCode::SUCCESS,
+        Err(Failure::Failed(text)) => (1, text),
+        Err(Failure::Usage(text)) => (2, text),
+        Err(Failure::Unable(text)) => (3, text),
+    };
+    sh::warn(&text);
+    ExitCode::from(code)
+}

@@ -1,0 +1,165 @@
+//! What the agent is told at its start.
+
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use clap::{Args, Parser, Subcommand};
+
+/// The agent of one node.
+#[derive(Debug, Parser)]
+#[command(name = "weft-agent", version, about, args_conflicts_with_subcommands = true)]
+pub struct Cli {
+    /// Something else than running.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+    /// How to run.
+    #[command(flatten)]
+    pub run: Option<Config>,
+}
+
+/// What the agent does besides running.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Removes everything that agents pinned: afterwards every Pod passes untouched
+    Uninstall {
+        /// The folder of the pins
+        #[arg(long, value_name = "DIR")]
+        bpffs: PathBuf,
+        /// The cgroup the programs were attached to; accepted for symmetry, the pins know it
+        #[arg(long, value_name = "DIR")]
+        cgroup_root: Option<PathBuf>,
+    },
+}
+
+/// Settings of a running agent.
+#[derive(Debug, Clone, Args)]
+pub struct Config {
+    /// This node's name
+    #[arg(long, env = "WEFT_NODE")]
+    pub node: String,
+    /// The operator: https://HOST:PORT
+    #[arg(long, value_name = "URL", value_parser = https)]
+    pub operator: String,
+    /// The name in the operator's certificate
+    #[arg(long, value_name = "NAME", default_value = "weft-operator")]
+    pub operator_name: String,
+    /// The file with the token that proves this node; read again for every call
+    #[arg(long, value_name = "FILE")]
+    pub token_file: PathBuf,
+    /// The file with the certificates (PEM) that the operator's certificate must lead to
+    #[arg(long, value_name = "FILE")]
+    pub bundle_file: PathBuf,
+    /// The folder for sockets and the snapshot, on tmpfs [default: /run/weft/NODE]
+    #[arg(long, value_name = "DIR")]
+    pub run_dir: Option<PathBuf>,
+    /// The observer's socket [default: observer.sock in the run folder]
+    #[arg(long, value_name = "SOCKET")]
+    pub observer: Option<PathBuf>,
+    /// The folder for BPF pins, one per node [default: /sys/fs/bpf/weft-NODE]
+    #[arg(long, value_name = "DIR")]
+    pub bpffs: Option<PathBuf>,
+    /// The cgroup2 folder whose processes are steered [default: the node's cgroup2 root]
+    #[arg(long, value_name = "DIR")]
+    pub cgroup_root: Option<PathBuf>,
+    /// Where /metrics, /healthz and /readyz are served
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:15020")]
+    pub admin: SocketAddr,
+    /// How long connections may go on after a stop or a replacement, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    pub drain_seconds: u64,
+    /// Debug lines of the BPF programs (slow; shown with WEFT_LOG=weft::bpf=debug)
+    #[arg(long)]
+    pub bpf_log: bool,
+    /// Log lines as JSON
+    #[arg(long)]
+    pub log_json: bool,
+}
+
+impl Config {
+    /// The run folder.
+    pub fn run_dir(&self) -> PathBuf {
+        self.run_dir.clone().unwrap_or_else(|| Path::new("/run/weft").join(&self.node))
+    }
+
+    /// The observer's socket.
+    pub fn observer(&self) -> PathBuf {
+        self.observer.clone().unwrap_or_else(|| self.run_dir().join("observer.sock"))
+    }
+
+    /// The folder for pins.
+    pub fn bpffs(&self) -> PathBuf {
+        self.bpffs.clone().unwrap_or_else(|| Path::new("/sys/fs/bpf").join(format!("weft-{}", self.node)))
+    }
+
+    /// How long connections may go on.
+    pub fn drain(&self) -> Duration {
+        Duration::from_secs(self.drain_seconds)
+    }
+
+    /// Checks what the parser cannot.
+    ///
+    /// # Errors
+    /// When the node's name could leave the folders that are named after it.
+    pub fn check(&self) -> Result<(), String> {
+        let fine = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_');
+        let name = &self.node;
+        if name.is_empty() || name.len() > 253 || !name.chars().all(fine) || name.starts_with('.') {
+            return Err(format!(
+                "--node {name:?} is no node's name: it may hold letters, digits, '-', '.' and '_'"
+            ));
+        }
+        Ok(())
+    }
+}
+
+fn https(text: &str) -> Result<String, String> {
+    if text.starts_with("https://") {
+        Ok(text.into())
+    } else {
+        Err("write https://HOST:PORT; the operator is never spoken to without TLS".into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ARGS: [&str; 9] = [
+        "weft-agent",
+        "--node",
+        "node-a",
+        "--operator",
+        "https://10.0.0.1:15012",
+        "--token-file",
+        "/t",
+        "--bundle-file",
+        "/b",
+    ];
+
+    #[test]
+    fn defaults_are_named_after_the_node() {
+        let cli = Cli::try_parse_from(ARGS).unwrap();
+        let config = cli.run.unwrap();
+        assert_eq!(config.observer(), Path::new("/run/weft/node-a/observer.sock"));
+        assert_eq!(config.bpffs(), Path::new("/sys/fs/bpf/weft-node-a"));
+        assert_eq!(config.check(), Ok(()));
+        let bad = Config { node: "../x".into(), ..config };
+        assert!(bad.check().is_err());
+    }
+
+    #[test]
+    fn plaintext_operators_are_refused() {
+        let mut args = ARGS;
+        args[4] = "http://10.0.0.1:15012";
+        assert!(Cli::try_parse_from(args).is_err());
+    }
+
+    #[test]
+    fn uninstall_needs_no_more_than_the_folder() {
+        let cli = Cli::try_parse_from(["weft-agent", "uninstall", "--bpffs", "/x"]).unwrap();
+        assert!(matches!(cli.command, Some(Command::Uninstall { .. })));
+    }
+}

@@ -1,0 +1,120 @@
+//! Network namespaces: opened once, entered only on threads that end afterwards.
+
+use std::{
+    fs::File,
+    io,
+    os::fd::{AsFd, AsRawFd, BorrowedFd},
+    path::{Path, PathBuf},
+};
+
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+
+use super::error::DatapathError;
+
+/// `SO_NETNS_COOKIE` (include/uapi/asm-generic/socket.h), Linux 5.14.
+const SO_NETNS_COOKIE: i32 = 71;
+
+/// An open network namespace.
+#[derive(Debug)]
+pub(super) struct NetNs {
+    path: PathBuf,
+    file: File,
+    cookie: u64,
+    inode: u64,
+}
+
+impl NetNs {
+    /// Opens the namespace at `path` (a bind mount or `/proc/<pid>/ns/net`).
+    pub(super) fn open(path: &Path) -> Result<Self, DatapathError> {
+        let failed = |source| DatapathError::Netns { path: path.to_owned(), source };
+        let file = File::open(path).map_err(failed)?;
+        let inode = rustix::fs::fstat(&file).map_err(|e| failed(e.into()))?.st_ino;
+        let cookie = enter(file.as_fd(), cookie).map_err(failed)?;
+        Ok(Self { path: path.to_owned(), file, cookie, inode })
+    }
+
+    /// The namespace's cookie: unique for as long as the kernel runs.
+    pub(super) fn cookie(&self) -> u64 {
+        self.cookie
+    }
+
+    /// The namespace's inode, by which links name their target.
+    pub(super) fn inode(&self) -> u64 {
+        self.inode
+    }
+
+    /// Where it was opened.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Runs `f` inside.
+    pub(super) fn run<T: Send>(&self, f: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
+        enter(self.file.as_fd(), f)
+    }
+}
+
+impl AsFd for NetNs {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+/// Runs `f` inside a namespace, on a thread of its own that ends with it: no thread ever has to find back, so none
+/// can be left behind in a Pod.
+fn enter<T: Send>(namespace: BorrowedFd<'_>, f: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
+    alone(|| {
+        move_into_link_name_space(namespace, Some(LinkNameSpaceType::Network))?;
+        f()
+    })
+}
+
+/// Runs `f` on a thread of its own.
+fn alone<T: Send>(f: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new()
+            .name("weft-netns".into())
+            .stack_size(256 << 10)
+            .spawn_scoped(scope, f)?;
+        thread
+            .join()
+            .unwrap_or_else(|_| Err(io::Error::other("the thread inside the network namespace panicked")))
+    })
+}
+
+/// The cookie of the calling thread's network namespace.
+pub(super) fn cookie() -> io::Result<u64> {
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::DGRAM, None)?;
+    let mut cookie = 0_u64;
+    let mut length = libc::socklen_t::try_from(size_of::<u64>()).unwrap_or(8);
+    // SAFETY: the kernel writes at most `length` bytes, the size of `cookie`, to a live u64.
+    let result = unsafe {
+        let out = std::ptr::from_mut(&mut cookie).cast();
+        libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, SO_NETNS_COOKIE, out, &mut length)
+    };
+    if result == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_namespace_is_known_by_its_cookie() {
+        let here = NetNs::open(Path::new("/proc/thread-self/ns/net")).expect("own namespace");
+        assert_eq!(here.cookie(), cookie().expect("cookie"));
+        let other = alone(|| {
+            // SAFETY: only this thread, which ends here, changes its network namespace.
+            unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNET) }?;
+            cookie()
+        });
+        assert_ne!(other.expect("a namespace of its own; run as root"), here.cookie());
+        assert_eq!(here.run(cookie).expect("cookie"), here.cookie());
+    }
+
+    #[test]
+    fn a_missing_namespace_names_its_path() {
+        let error = NetNs::open(Path::new("/nonexistent/netns")).expect_err("not there");
+        assert!(error.to_string().contains("/nonexistent/netns"));
+    }
+}

@@ -1,0 +1,199 @@
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use weft_core::{
+    Delta, MeshConfig, Policy, Resource, Service, SpiffeId, TrustDomain, Workload,
+    config::Telemetry,
+    policy::{Action, PortRef, Protocol, Rule, Source},
+    service::{AppProtocol, Endpoint, ServicePort},
+    workload::{FailMode, Owner},
+};
+
+use super::*;
+
+fn domain() -> TrustDomain {
+    TrustDomain::new("cluster.local").expect("domain")
+}
+
+fn config() -> MeshConfig {
+    MeshConfig {
+        trust_domain: domain(),
+        svid_lifetime: Duration::from_secs(3600),
+        same_node: SameNode::Shortcut,
+        unknown_pods: UnknownPods::RefuseMesh,
+        ranges: vec!["10.0.0.0/8".parse().expect("range")],
+        reveal_policy: false,
+        telemetry: Telemetry::default(),
+    }
+}
+
+fn workload(name: &str, subject: u32, node: &str, address: &str) -> Workload {
+    Workload {
+        uid: name.into(),
+        name: NamespacedName::new("shop", name),
+        service_account: name.into(),
+        identity: SpiffeId::service_account(&domain(), "shop", name),
+        subject: SubjectId(subject),
+        owner: Owner { kind: "Pod".into(), name: name.into() },
+        node: node.into(),
+        zone: "".into(),
+        labels: BTreeMap::new(),
+        addresses: vec![address.parse().expect("address")],
+        named_ports: BTreeMap::new(),
+        mode: Mode::Strict,
+        fail_mode: FailMode::Closed,
+        policies: Vec::new(),
+        network_policy: false,
+        netns: None,
+    }
+}
+
+fn allow_from(account: &str) -> Policy {
+    Policy {
+        name: NamespacedName::new("shop", "only"),
+        action: Action::Allow,
+        rules: vec![Rule {
+            sources: Some(vec![Source::ServiceAccount {
+                namespace: "shop".into(),
+                name: Some(account.into()),
+            }]),
+            ports: vec![PortRef::Number(8080)],
+            protocol: Protocol::Tcp,
+            plaintext: false,
+            http: Vec::new(),
+        }],
+    }
+}
+
+fn service(endpoints: &[(&str, &str, bool)]) -> Service {
+    let endpoint = |(name, address, ready): &(&str, &str, bool)| Endpoint {
+        address: address.parse().expect("address"),
+        ports: BTreeMap::from([(80, 8080)]),
+        workload: Some((*name).into()),
+        ready: *ready,
+    };
+    Service {
+        name: NamespacedName::new("shop", "cart"),
+        addresses: vec!["10.96.0.1".parse().expect("address")],
+        ports: vec![ServicePort { name: "".into(), port: 80, app_protocol: AppProtocol::Tcp }],
+        endpoints: endpoints.iter().map(endpoint).collect(),
+    }
+}
+
+fn state(resources: Vec<Resource>) -> MeshState {
+    MeshState::default().apply(&Delta { full: true, upserted: resources, ..Delta::default() })
+}
+
+fn pods(workloads: Vec<Workload>) -> Vec<Resource> {
+    workloads.into_iter().map(|w| Resource::Workload(Arc::new(w))).collect()
+}
+
+fn address(text: &str) -> IpAddr {
+    text.parse().expect("address")
+}
+
+#[test]
+fn addresses_say_who_and_where() {
+    let mut outside = workload("outside", 302, "a", "10.1.0.3");
+    outside.mode = Mode::Disabled;
+    let mut guarded = workload("guarded", 303, "a", "10.1.0.4");
+    guarded.network_policy = true;
+    let mut all = pods(vec![
+        workload("here", 300, "a", "10.1.0.1"),
+        workload("there", 301, "b", "10.1.0.2"),
+        outside,
+        guarded,
+    ]);
+    all.push(Resource::Service(Arc::new(service(&[]))));
+    all.push(Resource::Config(Arc::new(config())));
+    let tables = Tables::compile(&state(all), "a");
+    let info = |text| tables.addresses[&address(text)];
+    let here = AddressInfo {
+        subject: SubjectId(300),
+        enrolled: true,
+        local: true,
+        strict: true,
+        shortcut: true,
+        ..AddressInfo::default()
+    };
+    assert_eq!(info("10.1.0.1"), here);
+    assert_eq!(
+        info("10.1.0.2"),
+        AddressInfo { subject: SubjectId(301), local: false, shortcut: false, ..here }
+    );
+    assert_eq!(info("10.1.0.3"), AddressInfo { subject: SubjectId(302), ..AddressInfo::default() });
+    assert!(!info("10.1.0.4").shortcut, "a NetworkPolicy is the CNI's to enforce");
+    assert_eq!(info("10.96.0.1"), AddressInfo { service: true, ..AddressInfo::default() });
+}
+
+#[test]
+fn same_node_mtls_leaves_no_kernel_path() {
+    let mut all = pods(vec![workload("here", 300, "a", "10.1.0.1")]);
+    all.push(Resource::Config(Arc::new(MeshConfig { same_node: SameNode::Mtls, ..config() })));
+    assert!(!Tables::compile(&state(all), "a").addresses[&address("10.1.0.1")].shortcut);
+}
+
+#[test]
+fn each_prefix_carries_what_the_shorter_ones_say() {
+    let range = |text: &str| text.parse::<Cidr>().expect("range");
+    let class = |text, subject| kernel::CidrSubject { cidr: range(text), subject: SubjectId(subject) };
+    let mesh = [range("10.0.0.0/8")];
+    let ranges = ranges(&mesh, &[class("10.9.0.0/16", 900), class("0.0.0.0/0", 901), class("fd00::/8", 902)]);
+    let of = |text| ranges[&range(text)];
+    assert_eq!(of("10.9.0.0/16"), RangeInfo { class: Some(SubjectId(900)), mesh: true });
+    assert_eq!(of("10.0.0.0/8"), RangeInfo { class: Some(SubjectId(901)), mesh: true });
+    assert_eq!(of("0.0.0.0/0"), RangeInfo { class: Some(SubjectId(901)), mesh: false });
+    assert_eq!(of("fd00::/8"), RangeInfo { class: Some(SubjectId(902)), mesh: false });
+}
+
+/// `front` may call `cart`, `other` may not; `cart` runs on another node.
+fn denied(endpoints: &[(&str, &str, bool)], extra: Vec<Workload>) -> BTreeMap<(SubjectId, IpAddr, u16), u32> {
+    let mut cart = workload("cart", 310, "b", "10.1.0.10");
+    cart.policies = vec![NamespacedName::new("shop", "only")];
+    let mut all = vec![
+        workload("front", 300, "a", "10.1.0.1"),
+        workload("other", 301, "a", "10.1.0.2"),
+        workload("far", 302, "b", "10.1.0.3"),
+        cart,
+    ];
+    all.extend(extra);
+    let mut all = pods(all);
+    all.push(Resource::Policy(Arc::new(allow_from("front"))));
+    all.push(Resource::Service(Arc::new(service(endpoints))));
+    all.push(Resource::Config(Arc::new(config())));
+    Tables::compile(&state(all), "a").vip_denied
+}
+
+#[test]
+fn a_service_is_denied_where_every_ready_endpoint_refuses() {
+    let denied = denied(&[("cart", "10.1.0.10", true)], Vec::new());
+    let keys: Vec<_> = denied.into_keys().collect();
+    assert_eq!(
+        keys,
+        [(SubjectId(301), address("10.96.0.1"), 80)],
+        "only local subjects, only the refused one"
+    );
+}
+
+#[test]
+fn one_endpoint_that_may_take_it_is_enough() {
+    let open = workload("open", 311, "b", "10.1.0.11");
+    let both = [("cart", "10.1.0.10", true), ("open", "10.1.0.11", true)];
+    assert!(denied(&both, vec![open.clone()]).is_empty());
+    let unready = [("cart", "10.1.0.10", true), ("open", "10.1.0.11", false)];
+    assert_eq!(denied(&unready, vec![open]).len(), 1, "an endpoint that is not ready does not count");
+    let unknown = [("cart", "10.1.0.10", true), ("ghost", "10.1.0.12", true)];
+    assert!(denied(&unknown, Vec::new()).is_empty(), "an endpoint outside the mesh refuses nobody");
+}
+
+#[test]
+fn without_a_ready_endpoint_nothing_is_denied() {
+    assert!(denied(&[("cart", "10.1.0.10", false)], Vec::new()).is_empty());
+}
+
+#[test]
+fn unknown_pods_follow_the_configuration() {
+    let all =
+        vec![Resource::Config(Arc::new(MeshConfig { unknown_pods: UnknownPods::RefuseAll, ..config() }))];
+    assert!(Tables::compile(&state(all), "a").refuse_unknown);
+    assert!(!Tables::compile(&MeshState::default(), "a").refuse_unknown);
+}

@@ -1,0 +1,128 @@
+//! `weft.agent.v1.Agent`: what the agent says of itself.
+
+use std::{sync::Arc, time::SystemTime};
+
+use tokio::sync::watch;
+use tonic::{Request, Response, Status};
+use weft_identity::CredentialManager;
+use weft_proto::agent::{
+    Config, FlowRing, Map, Pod, Program, StatusRequest, StatusResponse, Svid, agent_server,
+};
+use weft_runtime::Readiness;
+
+use crate::{control::Link, datapath::Datapath, flow::FlowStore, node::NodeStatus};
+
+/// Everything the answer is made of.
+#[derive(Clone)]
+pub struct AgentStatus {
+    /// The node's name.
+    pub node: String,
+    /// `uname -r`.
+    pub kernel: String,
+    /// When the agent began.
+    pub started: SystemTime,
+    /// The kernel side, for the maps.
+    pub datapath: Datapath,
+    /// The node.
+    pub status: watch::Receiver<Arc<NodeStatus>>,
+    /// The credentials.
+    pub credentials: CredentialManager,
+    /// The link to the operator.
+    pub link: Link,
+    /// The flows.
+    pub flows: FlowStore,
+    /// What is missing.
+    pub readiness: Readiness,
+}
+
+impl AgentStatus {
+    fn answer(&self) -> StatusResponse {
+        let node = self.status.borrow().clone();
+        let totals = self.flows.totals();
+        StatusResponse {
+            node: self.node.clone(),
+            agent_version: env!("CARGO_PKG_VERSION").into(),
+            kernel: self.kernel.clone(),
+            started: Some(self.started.into()),
+            programs: node
+                .attachments
+                .iter()
+                .map(|a| Program {
+                    name: a.program.into(),
+                    id: a.id,
+                    attached_to: a.attached_to.clone(),
+                    healthy: a.healthy,
+                    repairs: a.repairs,
+                    // A problem that a repair has ended is history.
+                    problem: a.problem.clone().filter(|_| !a.healthy).unwrap_or_default(),
+                })
+                .collect(),
+            pods: node
+                .pods
+                .iter()
+                .map(|p| Pod {
+                    namespace: p.workload.name.namespace.to_string(),
+                    name: p.workload.name.name.to_string(),
+                    uid: p.workload.uid.to_string(),
+                    identity: p.workload.identity.to_string(),
+                    subject: p.workload.subject.0,
+                    mode: format!("{:?}", p.workload.mode).to_lowercase(),
+                    addresses: p.workload.addresses.iter().map(ToString::to_string).collect(),
+                    problem: p.problem.clone().unwrap_or_default(),
+                })
+                .collect(),
+            svids: self
+                .credentials
+                .status()
+                .into_iter()
+                .map(|s| Svid {
+                    identity: s.id.to_string(),
+                    problem: match (s.not_after, s.problem) {
+                        (_, Some(problem)) => problem,
+                        (None, None) => "not issued yet".into(),
+                        (Some(_), None) => String::new(),
+                    },
+                    not_after: s.not_after.map(Into::into),
+                })
+                .collect(),
+            config: Some(Config {
+                version: node.version.to_string(),
+                connected: self.link.connected(),
+                last_change: node.changed.map(Into::into),
+                problem: node.problem.clone().or_else(|| self.link.problem()).unwrap_or_default(),
+                rejected: self
+                    .link
+                    .rejected()
+                    .into_iter()
+                    .map(|(key, error)| format!("{key}: {error}"))
+                    .collect(),
+            }),
+            maps: self
+                .datapath
+                .maps()
+                .unwrap_or_default()
+                .into_iter()
+                .map(|m| Map { name: m.name.into(), entries: m.entries as u64, capacity: m.capacity.into() })
+                .collect(),
+            flows: Some(FlowRing {
+                capacity: totals.capacity,
+                held: totals.held,
+                seen: totals.seen,
+                lost: totals.lost_kernel,
+            }),
+            not_ready: self.readiness.missing().into_iter().map(Into::into).collect(),
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl agent_server::Agent for AgentStatus {
+    async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
+        let this = self.clone();
+        // Counting map entries walks them: not on a thread that serves.
+        let answer = tokio::task::spawn_blocking(move || this.answer()).await;
+        answer
+            .map(Response::new)
+            .map_err(|_| Status::internal("the status could not be put together; see the log"))
+    }
+}

@@ -1,0 +1,349 @@
+//! The hooks of the cgroup, with real sockets in a real namespace: every test in IPv4 and in IPv6.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::print_stdout,
+    reason = "helpers of tests are tests"
+)]
+
+use std::{
+    io::ErrorKind,
+    net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream},
+    os::fd::AsRawFd,
+    time::Duration,
+};
+
+use anyhow::Result;
+use socket2::{Domain, Socket, Type};
+use weft_bpf_tests::{
+    attach::{Attached, attach_cgroup, attach_sk_lookup},
+    netns::Netns,
+    tables::{FAMILIES, Family, Maps, OWN, PEER, addr, own_pod},
+};
+use weft_ebpf_common::{
+    Pod, SkMeta, VipKey, addr as ranges,
+    codes::{
+        TUNNEL_PORT, config, event, info, kind, listener, map, outcome, pod, proto, reason, stat, verdict,
+    },
+};
+
+/// An enrolled Pod with the proxy's listeners for outgoing connections.
+struct World {
+    attached: Attached,
+    netns: Netns,
+    out: [TcpListener; 2],
+}
+
+impl World {
+    fn new(flags: u32) -> Self {
+        let netns = Netns::new(&[FAMILIES[0].own, FAMILIES[1].own]).unwrap();
+        let mut attached = attach_cgroup().unwrap();
+        attach_sk_lookup(&mut attached.bpf, &netns).unwrap();
+        let out =
+            netns.run(|| Ok([TcpListener::bind("127.0.0.1:0")?, TcpListener::bind("[::1]:0")?])).unwrap();
+        let port = |listener: &TcpListener| listener.local_addr().unwrap().port();
+        let row = Pod {
+            cookie: netns.cookie(),
+            out_port: port(&out[0]),
+            out_port6: [port(&out[1]); 2],
+            ..own_pod(flags)
+        };
+        let mut world = Self { attached, netns, out };
+        let mut maps = world.maps();
+        maps.set(map::PODS, row.cookie, row).unwrap();
+        for family in &FAMILIES {
+            maps.set(map::POD_ADDRS, addr(family.own), row).unwrap();
+            maps.describe(family.own, OWN, info::ENROLLED | info::LOCAL).unwrap();
+            maps.describe(family.service, 0, info::SERVICE).unwrap();
+        }
+        let (port4, port6) = (row.out_port, row.out_port6[0]);
+        let [out4, out6] = [world.out[0].as_raw_fd(), world.out[1].as_raw_fd()];
+        world.maps().listener(listener::OUT4, port4, &out4).unwrap();
+        world.maps().listener(listener::OUT6, port6, &out6).unwrap();
+        world
+    }
+
+    fn maps(&mut self) -> Maps<'_> {
+        Maps(&mut self.attached.bpf)
+    }
+
+    fn listener(&self, family: &Family) -> &TcpListener {
+        &self.out[usize::from(family.own.is_ipv6())]
+    }
+
+    fn dial(&self, to: SocketAddr) -> std::io::Result<TcpStream> {
+        self.netns.run(|| Ok(TcpStream::connect_timeout(&to, Duration::from_secs(5)))).unwrap()
+    }
+}
+
+fn refused<T>(result: &std::io::Result<T>) -> bool {
+    matches!(result, Err(error) if error.kind() == ErrorKind::ConnectionRefused)
+}
+
+#[test]
+fn a_connect_to_a_service_reaches_the_proxy_and_nobody_notices() {
+    let mut world = World::new(pod::PERMISSIVE);
+    for family in &FAMILIES {
+        let dialled = SocketAddr::new(family.service, 8_080);
+        let stream = world.dial(dialled).unwrap();
+        let (accepted, peer) = world.listener(family).accept().unwrap();
+        assert_eq!(stream.peer_addr().unwrap(), dialled, "the peer is what was dialled");
+        assert_eq!(stream.local_addr().unwrap().ip(), family.own, "the own address is the Pod's");
+        assert!(peer.ip().is_loopback() || peer.ip() == family.own, "{peer}");
+
+        let cookie = world.netns.cookie();
+        let meta = world.maps().meta(&accepted).unwrap();
+        assert_eq!((meta.kind, meta.addr, meta.port), (kind::ACCEPTED_OUT, addr(family.service), 8_080));
+        assert_eq!((meta.subject, meta.netns), (OWN, cookie));
+        assert_eq!(meta.family, if family.own.is_ipv4() { 4 } else { 6 });
+        let told = world.maps().events().unwrap();
+        assert_eq!(told.len(), 1, "{told:?}");
+        assert_eq!((told[0].kind, told[0].verdict, told[0].reason), (event::CONNECT, outcome::REDIRECTED, 0));
+        assert_eq!((told[0].cookie, told[0].dst, told[0].dport), (meta.cookie, addr(family.service), 8_080));
+        assert_eq!(told[0].pid, std::process::id());
+    }
+    assert_eq!(world.maps().stat(stat::REDIRECTED).unwrap(), 2);
+    assert_eq!(
+        world.maps().rows::<weft_ebpf_common::Tuple, weft_ebpf_common::OrigDst>(map::ORIG_DST).unwrap(),
+        0
+    );
+}
+
+#[test]
+fn a_v4_connect_of_a_v6_socket_is_the_same() {
+    let mut world = World::new(pod::PERMISSIVE);
+    let IpAddr::V4(service) = FAMILIES[0].service else { unreachable!("the first family is IPv4") };
+    let IpAddr::V4(own) = FAMILIES[0].own else { unreachable!("the first family is IPv4") };
+    let dialled = SocketAddr::new(service.to_ipv6_mapped().into(), 8_080);
+    let stream = world.dial(dialled).unwrap();
+    let (accepted, _) = world.out[0].accept().unwrap();
+    assert_eq!(stream.peer_addr().unwrap(), dialled);
+    assert_eq!(stream.local_addr().unwrap().ip(), IpAddr::from(own.to_ipv6_mapped()));
+    let meta = world.maps().meta(&accepted).unwrap();
+    assert_eq!((meta.kind, meta.addr, meta.port), (kind::ACCEPTED_OUT, addr(FAMILIES[0].service), 8_080));
+}
+
+#[test]
+fn a_socket_bound_to_the_pods_address_or_to_a_device_is_redirected_too() {
+    let mut world = World::new(pod::PERMISSIVE);
+    for family in &FAMILIES {
+        let dialled = SocketAddr::new(family.service, 8_080);
+        for device in [false, true] {
+            let stream = world
+                .netns
+                .run(|| {
+                    let socket = Socket::new(Domain::for_address(dialled), Type::STREAM, None)?;
+                    if device {
+                        socket.bind_device(Some(b"lo"))?;
+                    } else {
+                        socket.bind(&SocketAddr::new(family.own, 0).into())?;
+                    }
+                    socket.connect_timeout(&dialled.into(), Duration::from_secs(5))?;
+                    Ok(TcpStream::from(socket))
+                })
+                .unwrap();
+            let (accepted, _) = world.listener(family).accept().unwrap();
+            assert_eq!(world.maps().meta(&accepted).unwrap().addr, addr(family.service), "{stream:?}");
+        }
+    }
+}
+
+#[test]
+fn a_denied_connect_is_refused_at_once() {
+    let mut world = World::new(pod::PERMISSIVE);
+    world.maps().describe_both(|family| family.peer, PEER, info::POLICED).unwrap();
+    world.maps().row(OWN, PEER, 80, proto::TCP, verdict::PROXY).unwrap();
+    for family in &FAMILIES {
+        assert!(refused(&world.dial(SocketAddr::new(family.peer, 81))));
+        let told = world.maps().events().unwrap();
+        assert_eq!(told.len(), 1);
+        assert_eq!(
+            (told[0].verdict, told[0].reason, told[0].src_subject, told[0].dst_subject, told[0].dport),
+            (outcome::DENIED, reason::POLICY_DENIED, OWN, PEER, 81)
+        );
+        let _stream = world.dial(SocketAddr::new(family.peer, 80)).unwrap();
+        world.listener(family).accept().unwrap();
+        world.maps().events().unwrap();
+
+        let key = VipKey { subject: OWN, port: 80, pad: 0, addr: addr(family.service) };
+        world.maps().set(map::VIP_DENIED, key, 9_u32).unwrap();
+        assert!(refused(&world.dial(SocketAddr::new(family.service, 80))));
+        let told = world.maps().events().unwrap();
+        assert_eq!((told[0].reason, told[0].policy), (reason::POLICY_DENY_RULE, 9));
+    }
+    assert_eq!(world.maps().stat(stat::DENIED_CONNECT).unwrap(), 4);
+}
+
+#[test]
+fn the_tunnel_port_and_the_redirect_range_are_not_for_applications() {
+    let mut world = World::new(pod::PERMISSIVE);
+    for family in &FAMILIES {
+        assert!(refused(&world.dial(SocketAddr::new(family.service, TUNNEL_PORT))));
+    }
+    assert_eq!(world.maps().stat(stat::TUNNEL_DIALLED).unwrap(), 2);
+    let port = world.out[0].local_addr().unwrap().port();
+    let target = ranges::redirect4(weft_bpf_tests::tables::SLOT, 3);
+    assert!(refused(&world.dial(SocketAddr::from((target, port)))));
+}
+
+#[test]
+fn the_own_addresses_and_loopback_are_left_alone() {
+    let mut world = World::new(pod::STRICT);
+    for family in &FAMILIES {
+        let loopback =
+            if family.own.is_ipv4() { IpAddr::from([127, 0, 0, 1]) } else { Ipv6Addr::LOCALHOST.into() };
+        for ip in [loopback, family.own] {
+            let app = world.netns.run(|| Ok(TcpListener::bind((ip, 0))?)).unwrap();
+            let stream = world.dial(app.local_addr().unwrap()).unwrap();
+            let (_, peer) = app.accept().unwrap();
+            assert_eq!(peer, stream.local_addr().unwrap());
+            assert!(world.maps().meta(&stream).is_err());
+        }
+    }
+    assert_eq!(world.maps().stat(stat::REDIRECTED).unwrap(), 0);
+}
+
+#[test]
+fn a_kernel_path_connect_is_marked_and_not_rewritten() {
+    let mut world = World::new(pod::PERMISSIVE);
+    world.maps().describe_both(|family| family.peer, PEER, info::LOCAL | info::SHORTCUT_OK).unwrap();
+    for family in &FAMILIES {
+        let meta = world
+            .netns
+            .run(|| {
+                let to = SocketAddr::new(family.peer, 80);
+                let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
+                // There is no way to that address from here: the hook has passed it, the routes have not.
+                assert!(socket.connect(&to.into()).is_err());
+                Ok(socket)
+            })
+            .and_then(|socket| world.maps().meta(&socket))
+            .unwrap();
+        assert_eq!((meta.kind, meta.addr, meta.port), (kind::DIRECT, addr(family.peer), 80));
+    }
+    assert_eq!(world.maps().stat(stat::PASSED_KERNEL).unwrap(), 2);
+}
+
+#[test]
+fn an_unknown_namespace_may_not_call_the_mesh() {
+    let mut world = World::new(pod::PERMISSIVE);
+    let stranger = Netns::new(&[]).unwrap();
+    let dial = |to: IpAddr| {
+        stranger
+            .run(|| Ok(TcpStream::connect_timeout(&SocketAddr::new(to, 80), Duration::from_secs(5))))
+            .unwrap()
+    };
+    for family in &FAMILIES {
+        world.maps().events().unwrap();
+        assert!(refused(&dial(family.service)));
+        let told = world.maps().events().unwrap();
+        assert_eq!((told[0].kind, told[0].reason), (event::UNKNOWN_NETNS, reason::UNKNOWN_PEER));
+        assert_eq!(told[0].netns, stranger.cookie());
+        // Elsewhere only where the switch does not say otherwise; there is no route, so it is another error.
+        assert!(!refused(&dial(family.world)));
+        let all = weft_ebpf_common::Config { flags: config::UNKNOWN_REFUSE_ALL, generation: 1 };
+        set_config(&mut world, all);
+        assert!(refused(&dial(family.world)));
+        set_config(&mut world, weft_ebpf_common::Config::default());
+    }
+    assert_eq!(world.maps().stat(stat::UNKNOWN_NETNS).unwrap(), 6);
+}
+
+fn set_config(world: &mut World, value: weft_ebpf_common::Config) {
+    let mut config: aya::maps::Array<_, weft_ebpf_common::Config> =
+        aya::maps::Array::try_from(world.attached.bpf.map_mut(map::CONFIG).unwrap()).unwrap();
+    config.set(0, value, 0).unwrap();
+}
+
+/// Dials an application as the proxy does, for this client.
+fn dial_as_proxy(
+    world: &mut World,
+    family: &Family,
+    to: SocketAddr,
+    client: Option<SocketAddr>,
+) -> Result<Socket> {
+    let from = if family.own.is_ipv4() { IpAddr::from([127, 0, 0, 6]) } else { Ipv6Addr::LOCALHOST.into() };
+    let socket = world.netns.run(|| Ok(Socket::new(Domain::for_address(to), Type::STREAM, None)?))?;
+    if let Some(client) = client {
+        let meta = SkMeta {
+            kind: kind::PROXY,
+            family: if client.is_ipv4() { 4 } else { 6 },
+            port: client.port(),
+            subject: PEER,
+            addr: addr(client.ip()),
+            cookie: 77,
+            netns: world.netns.cookie(),
+        };
+        world.maps().set_meta(&socket, meta)?;
+    }
+    socket.bind(&SocketAddr::new(from, 0).into())?;
+    socket.connect_timeout(&to.into(), Duration::from_secs(5))?;
+    Ok(socket)
+}
+
+#[test]
+fn the_application_sees_the_real_client() {
+    let mut world = World::new(pod::STRICT);
+    for family in &FAMILIES {
+        for dual_stack in [false, true] {
+            let bind = if dual_stack { IpAddr::from(Ipv6Addr::UNSPECIFIED) } else { family.own };
+            let app = world.netns.run(|| Ok(TcpListener::bind((bind, 0))?)).unwrap();
+            let to = SocketAddr::new(family.own, app.local_addr().unwrap().port());
+            let client = SocketAddr::new(family.peer, 31_550);
+            let _proxy = dial_as_proxy(&mut world, family, to, Some(client)).unwrap();
+            let (accepted, peer) = app.accept().unwrap();
+            assert_eq!((peer.ip().to_canonical(), peer.port()), (client.ip(), client.port()), "accept4");
+            assert_eq!(accepted.peer_addr().unwrap(), peer, "getpeername");
+            assert_eq!(accepted.local_addr().unwrap().ip().to_canonical(), family.own);
+            let meta = world.maps().meta(&accepted).unwrap();
+            assert_eq!((meta.kind, meta.subject, meta.cookie), (kind::ACCEPTED_IN, PEER, 77));
+        }
+    }
+}
+
+#[test]
+fn a_client_that_is_not_known_is_not_shown_as_loopback() {
+    let mut world = World::new(pod::STRICT);
+    let family = &FAMILIES[0];
+    let app = world.netns.run(|| Ok(TcpListener::bind((family.own, 0))?)).unwrap();
+    let to = app.local_addr().unwrap();
+    let _stranger = dial_as_proxy(&mut world, family, to, None).unwrap();
+    let (_, peer) = app.accept().unwrap();
+    assert_eq!(peer, SocketAddr::from(([0, 0, 0, 0], 0)));
+    assert!(world.maps().stat(stat::CLIENT_MISS).unwrap() >= 1);
+}
+
+#[test]
+fn without_a_listener_closed_refuses_and_open_lets_pass() {
+    for (flags, closed) in [(pod::PERMISSIVE, true), (pod::PERMISSIVE | pod::FAIL_OPEN, false)] {
+        let mut world = World::new(flags);
+        // The proxy is gone: its sockets are closed, and the kernel empties the slots.
+        world.out = [TcpListener::bind("127.0.0.1:0").unwrap(), TcpListener::bind("[::1]:0").unwrap()];
+        for family in &FAMILIES {
+            let result = world.dial(SocketAddr::new(family.service, 80));
+            assert_eq!(refused(&result), closed, "{family:?}");
+        }
+        assert_eq!(world.maps().stat(stat::FAILED_OPEN).unwrap(), if closed { 0 } else { 2 });
+    }
+}
+
+#[test]
+fn a_reconnect_forgets_what_was_dialled_before() {
+    let mut world = World::new(pod::PERMISSIVE);
+    for family in &FAMILIES {
+        let app = world.netns.run(|| Ok(TcpListener::bind((family.own, 0))?)).unwrap();
+        let stream = world.dial(SocketAddr::new(family.service, 80)).unwrap();
+        world.listener(family).accept().unwrap();
+        let socket = Socket::from(stream);
+        // SAFETY: a zeroed address of family AF_UNSPEC, as long as told.
+        let done = unsafe {
+            let unspec: libc::sockaddr = std::mem::zeroed();
+            libc::connect(socket.as_raw_fd(), &raw const unspec, size_of::<libc::sockaddr>() as u32)
+        };
+        assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+        let to = app.local_addr().unwrap();
+        socket.connect_timeout(&to.into(), Duration::from_secs(5)).unwrap();
+        assert_eq!(socket.peer_addr().unwrap().as_socket(), Some(to));
+        assert!(world.maps().meta(&socket).is_err());
+    }
+}

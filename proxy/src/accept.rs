@@ -1,0 +1,122 @@
+//! Accept loops.
+
+use std::{io, sync::Arc, time::Duration};
+
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::Semaphore,
+};
+use weft_runtime::Backoff;
+
+use crate::{inbound, outbound, platform::PodListeners, pod::Pod, proxy::Shared, socket::Socket};
+
+/// The listeners of a Pod, ready to accept.
+pub(crate) struct Listeners {
+    outbound: Vec<TcpListener>,
+    inbound: Vec<TcpListener>,
+    tunnel: Vec<TcpListener>,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Kind {
+    Outbound,
+    Inbound,
+    Tunnel,
+}
+
+impl Listeners {
+    /// Takes the sockets into the runtime.
+    ///
+    /// # Errors
+    /// When one of them cannot be used.
+    pub(crate) fn new(listeners: PodListeners) -> io::Result<Self> {
+        let take = |sockets: Vec<std::net::TcpListener>| -> io::Result<Vec<TcpListener>> {
+            sockets
+                .into_iter()
+                .map(|socket| {
+                    socket.set_nonblocking(true)?;
+                    TcpListener::from_std(socket)
+                })
+                .collect()
+        };
+        Ok(Self {
+            outbound: take(listeners.outbound)?,
+            inbound: take(listeners.inbound)?,
+            tunnel: take(listeners.tunnel)?,
+        })
+    }
+
+    /// The ports that they listen on.
+    pub(crate) fn ports(&self) -> Vec<u16> {
+        let all = self.outbound.iter().chain(&self.inbound).chain(&self.tunnel);
+        all.filter_map(|l| l.local_addr().ok()).map(|a| a.port()).collect()
+    }
+
+    /// Starts to accept.
+    pub(crate) fn serve(self, shared: &Arc<Shared>, pod: &Arc<Pod>) {
+        let kinds =
+            [(Kind::Outbound, self.outbound), (Kind::Inbound, self.inbound), (Kind::Tunnel, self.tunnel)];
+        for (kind, listeners) in kinds {
+            for listener in listeners {
+                shared.tasks.spawn("accept", accept(shared.clone(), pod.clone(), listener, kind));
+            }
+        }
+    }
+}
+
+async fn accept(shared: Arc<Shared>, pod: Arc<Pod>, listener: TcpListener, kind: Kind) {
+    let mut backoff = Backoff::new(Duration::from_millis(5), Duration::from_secs(1));
+    let room = match kind {
+        Kind::Outbound => &pod.outbound,
+        Kind::Inbound => &pod.inbound,
+        Kind::Tunnel => &pod.tunnels,
+    };
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = shared.drain.draining() => return,
+            () = pod.accepting_stopped() => return,
+        };
+        match accepted {
+            Ok((socket, _)) => {
+                backoff.reset();
+                start(&shared, &pod, room, socket, kind);
+            }
+            // The peer went away before it was accepted: nothing is wrong here.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+            Err(error) => {
+                // Descriptors or memory ran out: accepting again at once would spin.
+                shared.metrics.accept_errors.inc();
+                let wait = backoff.next();
+                tracing::warn!(pod = %pod.uid, ?kind, %error, ?wait, "accept failed; is the file limit too low?");
+                tokio::time::sleep(wait).await;
+            }
+        }
+    }
+}
+
+fn start(shared: &Arc<Shared>, pod: &Arc<Pod>, room: &Arc<Semaphore>, socket: TcpStream, kind: Kind) {
+    let Ok(permit) = room.clone().try_acquire_owned() else {
+        shared.metrics.limited.inc();
+        Socket::new(socket).cut().set(true);
+        return;
+    };
+    let hold = shared.drain.hold();
+    let (pod, shared_) = (pod.clone(), shared.clone());
+    shared.tasks.spawn("connection", async move {
+        let (closing, shared) = (pod.clone(), shared_);
+        let serve = async {
+            match kind {
+                Kind::Outbound => outbound::serve(shared, pod, socket).await,
+                Kind::Inbound => inbound::plain::serve(shared, pod, socket).await,
+                Kind::Tunnel => inbound::tunnel::serve(shared, pod, socket).await,
+            }
+        };
+        tokio::select! {
+            biased;
+            () = serve => {}
+            () = closing.closed() => {}
+        }
+        drop((permit, hold));
+    });
+}

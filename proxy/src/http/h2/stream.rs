@@ -1,0 +1,268 @@
+//! One stream: judged, forwarded, answered.
+
+use std::{
+    future::{Future, poll_fn},
+    pin::{Pin, pin},
+    sync::Arc,
+    task::{Context, Poll},
+};
+
+use bytes::Bytes;
+use h2::{Reason as Code, RecvStream, SendStream, client::ResponseFuture, server::SendResponse};
+use http::{Request, Response};
+use weft_core::{flow::Reason, http::HttpRequest};
+
+use super::{
+    super::{
+        Limits,
+        h1::within,
+        record::{Record, Tally},
+        reply,
+        service::{Decision, Service},
+    },
+    pool::Pool,
+    pump::{PumpError, pump},
+    request::{RequestHead, apply, strip_response},
+};
+use crate::l7::LocalReply;
+
+pub(crate) const PROTOCOL: &str = "HTTP/2";
+
+/// What the connection needs to know of a stream that ended.
+#[derive(Debug)]
+pub(crate) enum Outcome {
+    Normal,
+    ResetByCaller,
+}
+
+enum Ended {
+    Done,
+    Reply(LocalReply),
+    /// The caller's stream is reset.
+    Reset(Reason, Code),
+    ClientGone,
+}
+
+/// Serves a stream to its end.
+pub(crate) async fn serve<S: Service>(
+    service: Arc<S>,
+    pool: Arc<Pool<S>>,
+    limits: &Limits,
+    request: Request<RecvStream>,
+    mut respond: SendResponse<Bytes>,
+) -> Outcome {
+    let mut record = Record::new(service.clone(), PROTOCOL);
+    let (parts, body) = request.into_parts();
+    let head_only = parts.method == http::Method::HEAD;
+    let head = match RequestHead::parse(parts) {
+        Ok(head) => head,
+        Err(problem) => {
+            refuse(&mut respond, &mut record, &reply::malformed(problem), false, head_only);
+            return Outcome::Normal;
+        }
+    };
+    let grpc = head.grpc;
+    let decided = {
+        let header = |name: &str| head.joined(name);
+        let query = head.query.as_deref().unwrap_or_default();
+        record.request([head.method.as_str(), &head.host, &head.path, query], &header);
+        let method = head.method.as_str();
+        service.decide(&HttpRequest { method, path: &head.path, query, host: &head.host, header: &header })
+    };
+    let decision = match decided {
+        Ok(decision) => decision,
+        Err(reply) => {
+            refuse(&mut respond, &mut record, &reply, grpc, head_only);
+            return Outcome::Normal;
+        }
+    };
+    record.decided(&decision);
+    let tally = record.tally.clone();
+    let ended = tokio::select! {
+        ended = forward(&pool, head, body, &decision, &mut respond, &mut record) => ended,
+        () = tally.stalled(limits) => timed_out(&tally),
+        () = within(decision.timeout) => timed_out(&tally),
+    };
+    match ended {
+        Ended::Done => record.done(),
+        Ended::Reply(reply) => refuse(&mut respond, &mut record, &reply, grpc, head_only),
+        Ended::Reset(reason, code) => {
+            record.failed(reason);
+            respond.send_reset(code);
+        }
+        Ended::ClientGone => {
+            record.failed(Reason::PeerReset);
+            return Outcome::ResetByCaller;
+        }
+    }
+    Outcome::Normal
+}
+
+fn timed_out(tally: &Tally) -> Ended {
+    if tally.is_answered() {
+        Ended::Reset(Reason::Timeout, Code::CANCEL)
+    } else {
+        Ended::Reply(reply::timeout())
+    }
+}
+
+fn refuse<S: Service>(
+    respond: &mut SendResponse<Bytes>,
+    record: &mut Record<S>,
+    reply: &LocalReply,
+    grpc: bool,
+    head_only: bool,
+) {
+    record.replied(reply);
+    let (response, body) = reply::build_h2(reply, grpc);
+    let status = response.status().as_u16();
+    let end = head_only || body.is_empty();
+    // A caller that is gone needs no answer; the record stands as it is.
+    let Ok(mut stream) = respond.send_response(response, end) else { return };
+    record.tally.answered(status, record.begun);
+    if !end {
+        let length = body.len();
+        if stream.send_data(body, true).is_ok() {
+            record.tally.add_received(length);
+        }
+    }
+}
+
+async fn forward<S: Service>(
+    pool: &Pool<S>,
+    head: RequestHead,
+    mut body: RecvStream,
+    decision: &Decision,
+    respond: &mut SendResponse<Bytes>,
+    record: &mut Record<S>,
+) -> Ended {
+    let request = match head.into_request(&decision.request_headers) {
+        Ok(request) => request,
+        Err(problem) => return Ended::Reply(reply::malformed(problem)),
+    };
+    let mut connected = pool.sender(decision.target.as_ref()).await;
+    if let (Err(error), Some(_)) = (&connected, &decision.alternate)
+        && error.status != 403
+        && let Ok(sender) = pool.sender(decision.alternate.as_ref()).await
+    {
+        record.target(decision.alternate.as_ref());
+        connected = Ok(sender);
+    }
+    let mut sender = match connected {
+        Ok(sender) => sender,
+        Err(error) => return Ended::Reply(reply::connect(&error)),
+    };
+    let end = body.is_end_stream();
+    let (response, mut upstream) = match sender.send_request(request, end) {
+        Ok(sent) => sent,
+        Err(_) => {
+            return Ended::Reply(reply::bad_upstream(Reason::PeerReset, "it closed before the request"));
+        }
+    };
+    let tally = record.tally.clone();
+    let record = &*record;
+    let mut up = pin!(async {
+        match end {
+            true => Ok(()),
+            false => pump(&mut body, &mut upstream, |count| tally.add_sent(count)).await,
+        }
+    });
+    let mut down = pin!(receive(response, decision, respond, record));
+    let mut sent = false;
+    let answered = loop {
+        tokio::select! {
+            ended = &mut down => break ended,
+            result = &mut up, if !sent => match result {
+                Err(PumpError::Source(_)) => return Ended::ClientGone,
+                // An upstream that takes no more may have answered: its answer decides.
+                Ok(()) | Err(PumpError::Sink) => sent = true,
+            },
+        }
+    };
+    // A full answer before the end of the request: the upstream says by a reset that it wants no more of it.
+    if !sent && matches!(answered, Ended::Done) {
+        let _ = up.await;
+    }
+    answered
+}
+
+enum Event {
+    Interim(Response<()>),
+    Response(Result<Response<RecvStream>, h2::Error>),
+    ClientGone,
+}
+
+async fn receive<S: Service>(
+    mut response: ResponseFuture,
+    decision: &Decision,
+    respond: &mut SendResponse<Bytes>,
+    record: &Record<S>,
+) -> Ended {
+    let received = loop {
+        match poll_fn(|cx| next(&mut response, respond, cx)).await {
+            Event::Interim(mut interim) => {
+                strip_response(interim.headers_mut(), S::UPSTREAM_IS_APPLICATION);
+                if respond.send_informational(interim).is_err() {
+                    return Ended::ClientGone;
+                }
+            }
+            Event::Response(received) => break received,
+            Event::ClientGone => return Ended::ClientGone,
+        }
+    };
+    let received = match received {
+        Ok(received) => received,
+        // Not processed (RFC 9113 section 8.7): the caller may try again, so it must hear just that.
+        Err(error) if error.reason() == Some(Code::REFUSED_STREAM) => {
+            return Ended::Reset(Reason::PeerReset, Code::REFUSED_STREAM);
+        }
+        Err(error) => {
+            let reason =
+                if error.is_io() || error.is_remote() { Reason::PeerReset } else { Reason::ProtocolError };
+            return Ended::Reply(reply::bad_upstream(reason, "it broke off before its answer"));
+        }
+    };
+    let (mut parts, mut body) = received.into_parts();
+    strip_response(&mut parts.headers, S::UPSTREAM_IS_APPLICATION);
+    apply(&mut parts.headers, &decision.response_headers);
+    parts.version = http::Version::HTTP_2;
+    let status = parts.status.as_u16();
+    let end = body.is_end_stream();
+    let Ok(mut stream) = respond.send_response(Response::from_parts(parts, ()), end) else {
+        return Ended::ClientGone;
+    };
+    record.tally.answered(status, record.begun);
+    if end {
+        return Ended::Done;
+    }
+    body_down(&mut body, &mut stream, record).await
+}
+
+async fn body_down<S: Service>(
+    body: &mut RecvStream,
+    stream: &mut SendStream<Bytes>,
+    record: &Record<S>,
+) -> Ended {
+    match pump(body, stream, |count| record.tally.add_received(count)).await {
+        Ok(()) => Ended::Done,
+        Err(PumpError::Sink) => Ended::ClientGone,
+        Err(PumpError::Source(code)) => Ended::Reset(
+            Reason::PeerReset,
+            code.filter(|code| *code != Code::NO_ERROR).unwrap_or(Code::INTERNAL_ERROR),
+        ),
+    }
+}
+
+fn next(
+    response: &mut ResponseFuture,
+    respond: &mut SendResponse<Bytes>,
+    cx: &mut Context<'_>,
+) -> Poll<Event> {
+    if respond.poll_reset(cx).is_ready() {
+        return Poll::Ready(Event::ClientGone);
+    }
+    if let Poll::Ready(Some(Ok(interim))) = response.poll_informational(cx) {
+        return Poll::Ready(Event::Interim(interim));
+    }
+    Pin::new(response).poll(cx).map(Event::Response)
+}

@@ -1,0 +1,100 @@
+//! Plain connections from outside the mesh, and the same-node shortcut.
+
+use std::{net::IpAddr, sync::Arc};
+
+use socket2::SockRef;
+use tokio::net::TcpStream;
+use weft_core::flow::{Reason, Tls};
+
+use super::{
+    Admitted, Arrival, admit,
+    tunnel::{opaque, serve_http},
+};
+use crate::{
+    connections::Source,
+    l7::ConnectError,
+    metrics::Pair,
+    pod::Pod,
+    proxy::Shared,
+    socket::{self, Socket},
+    upstream::{Upstream, Way},
+};
+
+/// Bytes buffered in memory in each direction towards a Pod of this node whose requests are judged.
+const MEMORY: usize = 64 * 1024;
+
+/// Serves one accepted plain connection.
+pub async fn serve(shared: Arc<Shared>, pod: Arc<Pod>, accepted: TcpStream) {
+    socket::tune(&accepted);
+    let connection = SockRef::from(&accepted).cookie().unwrap_or_default();
+    let (Ok(client), Ok(destination)) = (accepted.peer_addr(), accepted.local_addr()) else { return };
+    let mut accepted = Socket::new(accepted);
+    let cut = accepted.cut();
+    cut.set(true);
+    let port = destination.port();
+    let own_port = port == shared.config.tunnel_port || pod.ports.contains(&port);
+    if own_port || reserved(client.ip()) {
+        shared.metrics.loops.inc();
+        tracing::warn!(%client, %destination, "a connection from the proxy to itself was closed");
+        return;
+    }
+    let arrival = Arrival {
+        connection,
+        source: Source::Unauthenticated(client.ip().to_canonical()),
+        workload: None,
+        client,
+        destination,
+        tls: Tls::None,
+        credentials: None,
+    };
+    match admit(&shared, &pod, arrival).await {
+        Ok(Admitted::Opaque(mut opened)) => match opaque(&shared, &mut accepted, &mut opened).await {
+            Reason::None => cut.set(false),
+            reason => opened.session.fail(reason),
+        },
+        Ok(Admitted::Http(http)) => {
+            cut.set(false);
+            serve_http(&shared, *http, accepted).await;
+        }
+        Err(error) => tracing::debug!(%client, %destination, %error, "a plain connection was refused"),
+    }
+}
+
+/// Whether an address is one that only the proxy dials applications from: such a connection would come back to
+/// the proxy again and again.
+fn reserved(address: IpAddr) -> bool {
+    match address.to_canonical() {
+        IpAddr::V4(address) => matches!(address.octets(), [127, 0, 0, 6..=13]),
+        IpAddr::V6(address) => address.is_loopback(),
+    }
+}
+
+/// Goes straight into a Pod of this node, judged like any other arrival; `pair` counts it at the source.
+///
+/// # Errors
+/// As [`admit`].
+pub async fn local(
+    shared: &Arc<Shared>,
+    pod: &Arc<Pod>,
+    arrival: Arrival,
+    pair: Arc<Pair>,
+) -> Result<Upstream, ConnectError> {
+    debug_assert!(
+        matches!(arrival.source, Source::Authenticated(_)),
+        "the kernel proves who calls on a node"
+    );
+    match admit(shared, pod, arrival).await? {
+        Admitted::Opaque(opened) => Ok(Upstream::new(Way::Local(opened), Tls::Local, pair)),
+        Admitted::Http(http) => {
+            let (near, far) = tokio::io::duplex(MEMORY);
+            let (shared, pod) = (shared.clone(), pod.clone());
+            shared.tasks.clone().spawn("local-http", async move {
+                tokio::select! {
+                    () = serve_http(&shared, *http, far) => {}
+                    () = pod.closed() => {}
+                }
+            });
+            Ok(Upstream::new(Way::Judged(near), Tls::Local, pair))
+        }
+    }
+}

@@ -1,0 +1,222 @@
+//! Tunnels that other proxies open to a Pod of this node.
+
+use std::{net::SocketAddr, sync::Arc};
+
+use http::StatusCode;
+use tokio::net::TcpStream;
+use weft_core::{SpiffeId, Workload, flow::Reason};
+
+use super::{Admitted, Arrival, Http, Opened, admit};
+use crate::{
+    connections::Source,
+    copy::{self, CopyError},
+    l7::ConnectError,
+    metrics::{Reported, Side},
+    pod::Pod,
+    proxy::Shared,
+    tunnel::{
+        Session, Stream,
+        server::{Incoming, Server},
+    },
+};
+
+/// Serves one accepted connection at the tunnel port.
+pub async fn serve(shared: Arc<Shared>, pod: Arc<Pod>, socket: TcpStream) {
+    crate::socket::tune(&socket);
+    let Some(own) = shared.state().workload(&pod.uid).map(|w| w.identity.clone()) else {
+        tracing::warn!(pod = %pod.uid, "a tunnel was refused: nobody described the Pod");
+        return;
+    };
+    // Before the first credentials and after their expiry there is no handshake.
+    let Some(credentials) = shared.credentials.current(&own) else {
+        shared.metrics.handshakes_failed.inc();
+        tracing::warn!(identity = %own, "a tunnel was refused: no credentials; is the operator reachable?");
+        return;
+    };
+    let accepted = Server::accept(socket, credentials.server_config(), shared.config.tunnel).await;
+    let server = match accepted {
+        Ok(server) => server,
+        Err(error) => {
+            shared.metrics.handshakes_failed.inc();
+            tracing::info!(pod = %pod.uid, %error, "a tunnel was refused");
+            return;
+        }
+    };
+    let peer = match weft_identity::peer_identity(server.certificates()) {
+        Ok(peer) => peer,
+        Err(error) => {
+            shared.metrics.handshakes_failed.inc();
+            tracing::warn!(%error, "a tunnel was refused: its certificate names no identity");
+            return;
+        }
+    };
+    let caller = Caller { session: server.session().clone(), peer, own };
+    let serve = |incoming: Incoming| {
+        let (shared, pod, caller) = (shared.clone(), pod.clone(), caller.clone());
+        let hold = shared.drain.hold();
+        shared.tasks.clone().spawn("tunnel-stream", async move {
+            let closed = pod.clone();
+            tokio::select! {
+                () = stream(shared, pod, caller, incoming) => {}
+                () = closed.closed() => {}
+            }
+            drop(hold);
+        });
+    };
+    let malformed = |problem: &'static str| {
+        shared.metrics.malformed.inc();
+        tracing::info!(peer = %caller.peer, problem, "a malformed CONNECT was refused");
+    };
+    let ended = server.run(shared.drain.clone(), serve, malformed).await;
+    if let Err(error) = ended {
+        tracing::debug!(peer = %caller.peer, %error, "a tunnel ended");
+    }
+}
+
+#[derive(Clone)]
+struct Caller {
+    session: Session,
+    peer: SpiffeId,
+    own: SpiffeId,
+}
+
+async fn stream(shared: Arc<Shared>, pod: Arc<Pod>, caller: Caller, incoming: Incoming) {
+    let problem = check(&shared, &pod, &caller, &incoming);
+    if let Some(problem) = problem {
+        shared.metrics.malformed.inc();
+        tracing::info!(peer = %caller.peer, authority = %incoming.request().authority, problem, "a CONNECT was refused");
+        return incoming.refuse(StatusCode::BAD_REQUEST);
+    }
+    let workload = match source(&shared, &caller).await {
+        Ok(workload) => workload,
+        Err(claimed) => {
+            shared.metrics.identity_mismatch.inc();
+            mismatch(&shared, &pod, &claimed);
+            tracing::warn!(
+                peer = %caller.peer, expected = %claimed.identity, address = %caller.session.peer,
+                "a CONNECT was refused: the peer's identity is not that of the Pod with its address"
+            );
+            return incoming.refuse(StatusCode::UNAUTHORIZED);
+        }
+    };
+    let info = &incoming.request().source;
+    let port = if info.port == 0 { caller.session.peer.port() } else { info.port };
+    let arrival = Arrival {
+        connection: info.connection,
+        source: Source::Authenticated(caller.peer.clone()),
+        workload,
+        client: SocketAddr::new(caller.session.peer.ip().to_canonical(), port),
+        destination: canonical(incoming.request().authority),
+        tls: caller.session.tls.clone(),
+        credentials: Some(caller.own.clone()),
+    };
+    match admit(&shared, &pod, arrival).await {
+        Ok(admitted) => match incoming.accept() {
+            Ok(stream) => forward(&shared, admitted, stream).await,
+            Err(error) => tracing::debug!(%error, "the peer went away before the answer"),
+        },
+        Err(error) => incoming.refuse(status(&error)),
+    }
+}
+
+/// What is wrong with a CONNECT, if anything.
+fn check(shared: &Shared, pod: &Pod, caller: &Caller, incoming: &Incoming) -> Option<&'static str> {
+    if incoming.forwarded() != caller.session.peer.ip().to_canonical() {
+        return Some("the forwarded header is not the tunnel's source");
+    }
+    let authority = incoming.request().authority;
+    let ip = authority.ip().to_canonical();
+    let state = shared.state();
+    let known = state.workload(&pod.uid).is_some_and(|w| w.addresses.iter().any(|a| a.to_canonical() == ip));
+    if !known && ip != caller.session.local.ip().to_canonical() {
+        return Some("the authority is not an address of this Pod");
+    }
+    if authority.port() == 0
+        || authority.port() == shared.config.tunnel_port
+        || pod.ports.contains(&authority.port())
+    {
+        return Some("the authority's port is the proxy's own");
+    }
+    None
+}
+
+/// The Pod that calls. Where the state knows another identity for its address, the state may be late: it gets a
+/// moment to agree.
+async fn source(shared: &Shared, caller: &Caller) -> Result<Option<Arc<Workload>>, Arc<Workload>> {
+    let address = caller.session.peer.ip();
+    let agrees = |workload: Option<&Arc<Workload>>| match workload {
+        Some(workload) => (workload.identity == caller.peer).then(|| Some(workload.clone())),
+        None => Some(None),
+    };
+    match shared.wait(|state| agrees(state.workload_at(address))).await {
+        Some(workload) => Ok(workload),
+        None => match shared.state().workload_at(address) {
+            Some(workload) if workload.identity != caller.peer => Err(workload.clone()),
+            other => Ok(other.cloned()),
+        },
+    }
+}
+
+fn mismatch(shared: &Shared, pod: &Pod, claimed: &Workload) {
+    if let Some(destination) = shared.state().workload(&pod.uid) {
+        let pair =
+            shared.metrics.pair(Reported::Destination, Side::workload(claimed), Side::workload(destination));
+        pair.failed(Reason::IdentityMismatch);
+    }
+}
+
+fn status(error: &ConnectError) -> StatusCode {
+    match error.status {
+        403 => StatusCode::UNAUTHORIZED,
+        _ => StatusCode::SERVICE_UNAVAILABLE,
+    }
+}
+
+async fn forward(shared: &Arc<Shared>, admitted: Admitted, mut stream: Stream) {
+    match admitted {
+        Admitted::Opaque(mut opened) => {
+            let reason = opaque(shared, &mut stream, &mut opened).await;
+            if reason != Reason::None {
+                opened.session.fail(reason);
+                stream.abort();
+            }
+        }
+        Admitted::Http(http) => serve_http(shared, *http, stream).await,
+    }
+}
+
+/// Copies until the end; [`Reason::None`] for a clean one, after which the application's socket closes cleanly.
+pub(super) async fn opaque<C>(shared: &Shared, client: &mut C, opened: &mut Opened) -> Reason
+where
+    C: crate::l7::Io,
+{
+    let Opened { socket, registration, traffic, .. } = opened;
+    let copied = tokio::select! {
+        copied = copy::both(client, socket, traffic, shared.config.idle_timeout) => copied,
+        reason = registration.cut() => return reason,
+    };
+    match copied {
+        Ok(()) => {
+            opened.cut.set(false);
+            Reason::None
+        }
+        Err(CopyError::Idle(_)) => Reason::Timeout,
+        Err(CopyError::Client(_) | CopyError::Server(_)) => Reason::PeerReset,
+    }
+}
+
+/// Serves HTTP until the connection ends or is cut; dropping the stream is the cut.
+pub(super) async fn serve_http<C: crate::l7::Io>(shared: &Arc<Shared>, mut http: Http, stream: C) {
+    let limits = shared.http_limits();
+    let reason = tokio::select! {
+        () = crate::http::serve_inbound(stream, http.handler.clone(), limits, shared.drain.clone()) => Reason::None,
+        reason = http.registration.cut() => reason,
+    };
+    if reason != Reason::None {
+        http.session.fail(reason);
+    }
+}
+
+fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}

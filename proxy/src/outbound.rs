@@ -1,0 +1,285 @@
+//! Connections that the applications of a Pod open: what was dialled, where it goes, and on the way.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
+
+use tokio::net::TcpStream;
+use weft_core::{
+    NamespacedName, Workload,
+    flow::{Reason, Reporter},
+};
+
+use crate::{
+    balance::Lease,
+    connections::{Entry, Registration},
+    copy::{self, CopyError, Traffic},
+    l7::{ConnectError, Target},
+    metrics::{Pair, Reported, Side},
+    platform::OriginalDst,
+    pod::Pod,
+    proxy::Shared,
+    record::{self, Session},
+    socket::{self, Socket},
+    upstream::Upstream,
+};
+
+mod connect;
+mod http;
+mod resolve;
+
+use connect::Dialler;
+use resolve::{Resolved, Unresolved};
+
+/// Serves one accepted outbound connection.
+pub async fn serve(shared: Arc<Shared>, pod: Arc<Pod>, accepted: TcpStream) {
+    socket::tune(&accepted);
+    let original = match pod.net.original_dst(&accepted) {
+        Ok(Some(original)) => original,
+        Ok(None) => {
+            shared.metrics.original_dst_missing.inc();
+            let _reset = reset(accepted);
+            return;
+        }
+        Err(error) => {
+            shared.metrics.original_dst_missing.inc();
+            tracing::warn!(pod = %pod.uid, %error, "the kernel did not say what an application dialled");
+            let _reset = reset(accepted);
+            return;
+        }
+    };
+    let Ok(peer) = accepted.peer_addr() else { return };
+    let app = reset(accepted);
+    let Some(source) = shared.wait(|state| state.workload(&pod.uid).cloned()).await else {
+        tracing::warn!(pod = %pod.uid, "a connection was refused: nobody described its Pod");
+        return;
+    };
+    let outbound =
+        Outbound { client: client_address(&source, original.address, peer), shared, pod, source, original };
+    outbound.run(app).await;
+}
+
+/// The application's socket, to be reset unless its connection ends well.
+fn reset(accepted: TcpStream) -> Socket {
+    let app = Socket::new(accepted);
+    app.cut().set(true);
+    app
+}
+
+/// The Pod's address, of the family that was dialled, with the application's port: the socket itself shows a
+/// loopback address, as it was steered there.
+fn client_address(source: &Workload, dialled: SocketAddr, peer: SocketAddr) -> SocketAddr {
+    let v4 = dialled.ip().to_canonical().is_ipv4();
+    let own = source.addresses.iter().map(IpAddr::to_canonical).find(|a| a.is_ipv4() == v4);
+    SocketAddr::new(own.unwrap_or_else(|| peer.ip().to_canonical()), peer.port())
+}
+
+/// One connection of an application.
+struct Outbound {
+    shared: Arc<Shared>,
+    pod: Arc<Pod>,
+    source: Arc<Workload>,
+    original: OriginalDst,
+    client: SocketAddr,
+}
+
+impl Outbound {
+    async fn run(self, app: Socket) {
+        if let Some(reason) = self.forbidden() {
+            return self.refuse(reason);
+        }
+        let address = self.address();
+        let shared = self.shared.clone();
+        // An address of the mesh that nobody described yet is held: the Pod may just be starting.
+        let held = shared
+            .wait(|state| match resolve::resolve(state, &self.source, address) {
+                Err(Unresolved::Unknown) => None,
+                answer => Some(answer),
+            })
+            .await;
+        match held.unwrap_or(Err(Unresolved::Unknown)) {
+            Ok(Resolved::Http { service, port }) => self.http(app, service, port).await,
+            Ok(Resolved::Opaque(targets)) => self.opaque(app, targets).await,
+            Err(Unresolved::Unknown) => self.refuse(Reason::UnknownPeer),
+            Err(Unresolved::Refused(reason)) => self.refuse(reason),
+        }
+    }
+
+    fn address(&self) -> SocketAddr {
+        SocketAddr::new(self.original.address.ip().to_canonical(), self.original.address.port())
+    }
+
+    /// Connections that must not be made, whatever the address is.
+    fn forbidden(&self) -> Option<Reason> {
+        let state = self.shared.state();
+        let address = self.address();
+        let ip = address.ip();
+        let mesh = state.workload_at(ip).is_some_and(|w| w.mode.enrolled())
+            || state.service_at(ip).is_some()
+            || state.in_ranges(ip);
+        if address.port() == self.shared.config.tunnel_port && mesh {
+            return Some(Reason::TunnelPortDialled);
+        }
+        let own = self.source.addresses.iter().any(|a| a.to_canonical() == ip);
+        if ip.is_unspecified() || ((own || ip.is_loopback()) && self.pod.ports.contains(&address.port())) {
+            self.shared.metrics.loops.inc();
+            return Some(Reason::ProtocolError);
+        }
+        let kernel = state.workload_of(self.original.subject);
+        if kernel.is_some_and(|w| w.identity != self.source.identity) {
+            self.shared.metrics.identity_mismatch.inc();
+            return Some(Reason::IdentityMismatch);
+        }
+        None
+    }
+
+    /// Records a refusal; the application sees a reset.
+    fn refuse(&self, reason: Reason) {
+        let (_, pair, mut session) = self.session(None);
+        pair.failed(reason);
+        session.fail(reason);
+        tracing::debug!(pod = %self.source.name, address = %self.original.address, ?reason, "a connection was refused");
+    }
+
+    fn session(&self, target: Option<&Target>) -> (Arc<Traffic>, Arc<Pair>, Session) {
+        let state = self.shared.state();
+        let dialled = self.address();
+        let workload = match target {
+            Some(target) => target.workload.clone(),
+            None => state.workload_at(dialled.ip()).cloned(),
+        };
+        let side = workload.as_deref().map_or_else(Side::outside, Side::workload);
+        let pair = self.shared.metrics.pair(Reported::Source, Side::workload(&self.source), side);
+        let traffic = Arc::new(Traffic::new(pair.sent.clone(), pair.received.clone()));
+        let source = record::peer(self.client, Some(&self.source), Some(self.source.identity.clone()));
+        let to = record::peer(target.map_or(dialled, |t| t.address), workload.as_deref(), None);
+        let mut base = record::begin(self.original.connection, Reporter::ProxySource, source, to);
+        base.service = match target {
+            Some(target) => target.service.clone(),
+            None => state.frontend(dialled).map(|(service, port)| (service.name.clone(), port.port)),
+        };
+        (traffic.clone(), pair, Session::new(self.shared.flows.clone(), base, traffic))
+    }
+
+    fn register(&self, destination: Option<&Workload>) -> Registration {
+        let tunnelled = destination.is_some_and(|w| w.mode.enrolled());
+        self.shared.connections.register(Entry {
+            source: Some((self.source.uid.clone(), self.source.identity.clone())),
+            destination: destination.map(|w| w.uid.clone()),
+            credentials: tunnelled.then(|| self.source.identity.clone()),
+            judged: None,
+        })
+    }
+
+    fn dialler(&self) -> Dialler {
+        Dialler {
+            shared: self.shared.clone(),
+            pod: self.pod.clone(),
+            source: self.source.clone(),
+            connection: self.original.connection,
+            client: self.client,
+        }
+    }
+
+    async fn http(&self, app: Socket, service: NamespacedName, port: u16) {
+        // HTTP ends with its last message, and is answered where it fails.
+        app.cut().set(false);
+        let cut = app.cut();
+        let (_, _, mut session) = self.session(None);
+        session.opened();
+        let mut registration = self.register(None);
+        let handler =
+            Arc::new(http::HttpOutbound::new(self.dialler(), service, port, session.record.clone()));
+        let (limits, drain) = (self.shared.http_limits(), self.shared.drain.clone());
+        let reason = {
+            let serving = crate::http::serve_outbound(app, handler, limits, drain);
+            let mut serving = std::pin::pin!(serving);
+            tokio::select! {
+                () = &mut serving => Reason::None,
+                reason = registration.cut() => {
+                    cut.set(true);
+                    reason
+                }
+            }
+        };
+        if reason != Reason::None {
+            session.fail(reason);
+        }
+    }
+
+    async fn opaque(&self, mut app: Socket, targets: Vec<Target>) {
+        let Some((target, alternate)) = self.pod.balancer.choose(&targets, |t| t.address) else {
+            return self.refuse(Reason::NoEndpoint);
+        };
+        for target in std::iter::once(target).chain(alternate) {
+            match self.reach(target).await {
+                Ok(reached) => return self.copy(&mut app, reached).await,
+                Err(reason) if connect::worth_another(reason) => {}
+                Err(_) => return,
+            }
+        }
+    }
+
+    /// Connects to one endpoint; a failure is recorded.
+    async fn reach(&self, target: &Target) -> Result<Reached, Reason> {
+        let (traffic, pair, mut session) = self.session(Some(target));
+        let mut registration = self.register(target.workload.as_deref());
+        let lease = self.pod.balancer.lease(target.address);
+        let dialler = self.dialler();
+        let connected = tokio::select! {
+            connected = dialler.connect(target) => connected,
+            reason = registration.cut() => Err(ConnectError::new(reason, "cut while connecting")),
+        };
+        match connected {
+            Ok(upstream) => {
+                session.record.tls = upstream.tls.clone();
+                // Whoever answered a tunnel, or was reached on this node, has proven its identity.
+                if upstream.tls != weft_core::flow::Tls::None {
+                    let identity = target.workload.as_ref().map(|w| w.identity.clone());
+                    session.record.destination.identity = identity;
+                }
+                Ok(Reached { upstream, session, registration, traffic, _lease: lease })
+            }
+            Err(error) => {
+                pair.failed(error.reason);
+                session.fail(error.reason);
+                tracing::debug!(pod = %self.source.name, target = %target.address, %error, "an endpoint was not reached");
+                Err(error.reason)
+            }
+        }
+    }
+
+    async fn copy(&self, app: &mut Socket, reached: Reached) {
+        let Reached { mut upstream, mut session, mut registration, traffic, _lease } = reached;
+        session.opened();
+        upstream.reset_on_drop(true);
+        let copied = tokio::select! {
+            copied = copy::both(app, &mut upstream, &traffic, self.shared.config.idle_timeout) => copied,
+            reason = registration.cut() => return session.fail(reason),
+        };
+        match copied {
+            Ok(()) => {
+                app.cut().set(false);
+                upstream.reset_on_drop(false);
+            }
+            Err(error) => {
+                session.fail(if matches!(error, CopyError::Idle(_)) {
+                    Reason::Timeout
+                } else {
+                    Reason::PeerReset
+                });
+                tracing::debug!(pod = %self.source.name, %error, "a connection failed");
+            }
+        }
+    }
+}
+
+/// An endpoint that was connected to.
+struct Reached {
+    upstream: Upstream,
+    session: Session,
+    registration: Registration,
+    traffic: Arc<Traffic>,
+    _lease: Lease,
+}

@@ -1,0 +1,179 @@
+//! Requests that an application sends to a Service's HTTP port: route, backend, endpoint.
+
+use std::{collections::HashMap, net::SocketAddr, sync::Arc};
+
+use parking_lot::Mutex;
+use rand::Rng;
+use weft_core::{
+    MeshConfig, MeshState, NamespacedName,
+    flow::{FlowRecord, Reason, Tls},
+    http::HttpRequest,
+    route::{self, Backend, HeaderChanges, RouteAnswer},
+};
+
+use super::{connect::Dialler, resolve};
+use crate::{
+    l7::{ConnectError, LocalReply, OutboundHandler, RequestEnd, Routed, Target},
+    metrics::{Reported, Side},
+    record,
+    upstream::Upstream,
+};
+
+/// Endpoints whose protection one connection remembers for its records.
+const REMEMBERED: usize = 256;
+
+/// Routes the requests of one connection of an application.
+pub(super) struct HttpOutbound {
+    dialler: Dialler,
+    service: NamespacedName,
+    port: u16,
+    record: FlowRecord,
+    protection: Mutex<HashMap<SocketAddr, Tls>>,
+}
+
+impl HttpOutbound {
+    pub(super) fn new(dialler: Dialler, service: NamespacedName, port: u16, record: FlowRecord) -> Self {
+        Self { dialler, service, port, record, protection: Mutex::default() }
+    }
+
+    fn reply(&self, status: u16, reason: Reason, message: &str) -> LocalReply {
+        LocalReply {
+            status,
+            reason,
+            flow_id: format!("{:016x}", self.record.connection),
+            policy: None,
+            reveal_policy: false,
+            headers: Vec::new(),
+            message: message.to_owned(),
+        }
+    }
+
+    fn endpoint(
+        &self,
+        state: &MeshState,
+        service: &NamespacedName,
+        port: u16,
+    ) -> Result<(Target, Option<Target>), LocalReply> {
+        let targets = state.service(service).map(|s| resolve::ready(state, s, port)).unwrap_or_default();
+        let chosen = self.dialler.pod.balancer.choose(&targets, |t| t.address);
+        let (target, alternate) =
+            chosen.ok_or_else(|| self.reply(503, Reason::NoEndpoint, "no endpoint is ready"))?;
+        Ok((target.clone(), alternate.cloned()))
+    }
+}
+
+/// Draws a backend by weight. `None` where there is none with a weight.
+fn draw(backends: &[Backend]) -> Option<&Backend> {
+    let total: u64 = backends.iter().map(|b| u64::from(b.weight)).sum();
+    if total == 0 {
+        return None;
+    }
+    let mut at = rand::rng().random_range(0..total);
+    backends.iter().find(|backend| {
+        let weight = u64::from(backend.weight);
+        let here = at < weight;
+        at = at.saturating_sub(weight);
+        here
+    })
+}
+
+impl OutboundHandler for HttpOutbound {
+    type Upstream = Upstream;
+
+    fn route(&self, request: &HttpRequest<'_>) -> Result<Routed, LocalReply> {
+        let state = self.dialler.shared.state();
+        let namespace = &self.dialler.source.name.namespace;
+        let (mut request_headers, mut response_headers) =
+            (HeaderChanges::default(), HeaderChanges::default());
+        let mut timeout = None;
+        let (service, port) = match route::select(&state, &self.service, self.port, namespace, request) {
+            RouteAnswer::Unrouted => (&self.service, self.port),
+            RouteAnswer::NotFound => {
+                return Err(self.reply(404, Reason::NoEndpoint, "no rule of the Service's routes matches"));
+            }
+            RouteAnswer::Rule { rule, .. } => {
+                request_headers.clone_from(&rule.request_headers);
+                response_headers.clone_from(&rule.response_headers);
+                timeout = rule.timeout;
+                let backend = draw(&rule.backends).filter(|b| b.valid);
+                let backend = backend.ok_or_else(|| {
+                    self.reply(500, Reason::NoEndpoint, "the route's rule has no valid backend")
+                })?;
+                (&backend.service, backend.port)
+            }
+        };
+        let (target, alternate) = self.endpoint(&state, service, port)?;
+        let lease = Some(self.dialler.pod.balancer.lease(target.address));
+        Ok(Routed { target, alternate, request_headers, response_headers, timeout, lease })
+    }
+
+    async fn connect(&self, target: &Target) -> Result<Upstream, ConnectError> {
+        let upstream = self.dialler.connect(target).await.inspect_err(|error| {
+            self.dialler.pair(target).failed(error.reason);
+        })?;
+        let mut protection = self.protection.lock();
+        if protection.len() >= REMEMBERED {
+            protection.clear();
+        }
+        protection.insert(target.address, upstream.tls.clone());
+        drop(protection);
+        let mut upstream = upstream;
+        upstream.reset_on_drop(false);
+        Ok(upstream)
+    }
+
+    fn settings(&self) -> Option<Arc<MeshConfig>> {
+        self.dialler.shared.state().config().cloned()
+    }
+
+    fn finished(&self, end: RequestEnd) {
+        let mut connection = self.record.clone();
+        let pair = match &end.target {
+            Some(target) => {
+                let tls = self.protection.lock().get(&target.address).cloned().unwrap_or(Tls::None);
+                let proven =
+                    target.workload.as_ref().filter(|_| tls != Tls::None).map(|w| w.identity.clone());
+                connection.tls = tls;
+                connection.destination = record::peer(target.address, target.workload.as_deref(), proven);
+                self.dialler.pair(target)
+            }
+            None => self.dialler.shared.metrics.pair(
+                Reported::Source,
+                Side::workload(&self.dialler.source),
+                Side::outside(),
+            ),
+        };
+        pair.request(end.status, end.verdict, end.latency);
+        pair.sent.inc_by(end.sent);
+        pair.received.inc_by(end.received);
+        self.dialler.shared.flows.record(record::request(&connection, &end, self.settings().as_deref()));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn backend(name: &str, weight: u32) -> Backend {
+        Backend { service: NamespacedName::new("shop", name), port: 80, weight, valid: true }
+    }
+
+    #[test]
+    fn backends_are_drawn_by_weight() {
+        let backends = [backend("v1", 90), backend("none", 0), backend("v2", 10)];
+        let mut counts = HashMap::new();
+        for _ in 0..10_000 {
+            let drawn = draw(&backends).expect("there is weight");
+            *counts.entry(drawn.service.name.to_string()).or_insert(0) += 1;
+        }
+        assert!(!counts.contains_key("none"));
+        // Six standard deviations of a binomial with p = 0.1 around 1,000.
+        assert!((820..=1180).contains(&counts["v2"]), "{counts:?}");
+    }
+
+    #[test]
+    fn no_weight_is_no_backend() {
+        assert!(draw(&[]).is_none());
+        assert!(draw(&[backend("v1", 0)]).is_none());
+    }
+}

@@ -1,0 +1,77 @@
+//! From what was dialled to where it goes.
+
+use std::net::SocketAddr;
+
+use weft_core::{
+    MeshState, NamespacedName, Service, Workload, flow::Reason, route, service::AppProtocol, workload::Mode,
+};
+
+use crate::l7::Target;
+
+/// Where a connection goes.
+#[derive(Debug)]
+pub(super) enum Resolved {
+    /// To a Service's port that speaks HTTP: each request finds its own way.
+    Http {
+        /// The Service.
+        service: NamespacedName,
+        /// Its port.
+        port: u16,
+    },
+    /// To one of these.
+    Opaque(Vec<Target>),
+}
+
+/// Why it goes nowhere.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Unresolved {
+    /// An address of the mesh's ranges that nobody described, at least not yet.
+    Unknown,
+    /// It is known, and known to be wrong.
+    Refused(Reason),
+}
+
+/// Resolves what `source` dialled.
+pub(super) fn resolve(
+    state: &MeshState,
+    source: &Workload,
+    address: SocketAddr,
+) -> Result<Resolved, Unresolved> {
+    if let Some(service) = state.service_at(address.ip()) {
+        let port = service.port(address.port()).ok_or(Unresolved::Refused(Reason::NoEndpoint))?;
+        let routed = || !route::attached(state, &service.name, port.port, &source.name.namespace).is_empty();
+        if port.app_protocol == AppProtocol::Http || routed() {
+            return Ok(Resolved::Http { service: service.name.clone(), port: port.port });
+        }
+        let targets = ready(state, service, port.port);
+        return if targets.is_empty() {
+            Err(Unresolved::Refused(Reason::NoEndpoint))
+        } else {
+            Ok(Resolved::Opaque(targets))
+        };
+    }
+    let workload = state.workload_at(address.ip()).cloned();
+    if workload.is_none() && source.mode == Mode::Strict && state.in_ranges(address.ip()) {
+        return Err(Unresolved::Unknown);
+    }
+    Ok(Resolved::Opaque(vec![Target { address, workload, service: None }]))
+}
+
+/// The ready endpoints of a Service's port.
+pub(super) fn ready(state: &MeshState, service: &Service, port: u16) -> Vec<Target> {
+    let endpoints = service.endpoints.iter().filter(|e| e.ready);
+    let targets = endpoints.filter_map(|endpoint| {
+        let to = *endpoint.ports.get(&port)?;
+        let workload = match &endpoint.workload {
+            // A Pod that should be known and is not: dialling it could go out in plaintext.
+            Some(uid) => Some(state.workload(uid)?.clone()),
+            None => state.workload_at(endpoint.address).cloned(),
+        };
+        Some(Target {
+            address: SocketAddr::new(endpoint.address.to_canonical(), to),
+            workload,
+            service: Some((service.name.clone(), port)),
+        })
+    });
+    targets.collect()
+}

@@ -1,0 +1,151 @@
+//! The proxy: its Pods, and their accept loops.
+
+use std::{collections::HashMap, io, sync::Arc};
+
+use parking_lot::RwLock;
+use prometheus_client::registry::Registry;
+use tokio::sync::watch;
+use weft_core::{MeshState, WorkloadUid, flow::FlowSink};
+use weft_identity::CredentialReader;
+use weft_runtime::{DrainWatcher, Tasks};
+
+use crate::{ProxyConfig, accept, connections::Connections, metrics::Metrics, platform::PodHandle, pod::Pod};
+
+/// What all parts of the proxy share.
+pub struct Shared {
+    /// Settings.
+    pub config: ProxyConfig,
+    /// Our identities.
+    pub credentials: CredentialReader,
+    /// Where flow records go.
+    pub flows: Arc<dyn FlowSink>,
+    /// What is counted.
+    pub metrics: Metrics,
+    /// Where tasks run.
+    pub tasks: Tasks,
+    /// Tells when to stop.
+    pub drain: DrainWatcher,
+    /// Live connections.
+    pub connections: Connections,
+    state: watch::Receiver<Arc<MeshState>>,
+    pods: RwLock<HashMap<WorkloadUid, Arc<Pod>>>,
+}
+
+impl Shared {
+    /// The mesh as it is now.
+    pub fn state(&self) -> Arc<MeshState> {
+        self.state.borrow().clone()
+    }
+
+    /// An enrolled Pod of this node.
+    pub fn pod(&self, uid: &WorkloadUid) -> Option<Arc<Pod>> {
+        self.pods.read().get(uid).cloned()
+    }
+
+    /// Limits of HTTP serving.
+    pub fn http_limits(&self) -> crate::http::Limits {
+        crate::http::Limits::default()
+    }
+
+    /// Asks the state, and again after each change, until there is an answer or
+    /// [`ProxyConfig::state_timeout`] passed.
+    pub async fn wait<T>(&self, mut ask: impl FnMut(&MeshState) -> Option<T>) -> Option<T> {
+        let mut state = self.state.clone();
+        let asking = async {
+            loop {
+                let now = state.borrow_and_update().clone();
+                if let Some(answer) = ask(&now) {
+                    return Some(answer);
+                }
+                state.changed().await.ok()?;
+            }
+        };
+        tokio::time::timeout(self.config.state_timeout, asking).await.ok().flatten()
+    }
+}
+
+/// The node proxy. Cheap to clone.
+#[derive(Clone)]
+pub struct Proxy {
+    shared: Arc<Shared>,
+}
+
+impl Proxy {
+    /// A proxy without Pods. It begins at once to watch `state` and `credentials`.
+    pub fn new(
+        config: ProxyConfig,
+        state: watch::Receiver<Arc<MeshState>>,
+        credentials: CredentialReader,
+        flows: Arc<dyn FlowSink>,
+        registry: &mut Registry,
+        tasks: Tasks,
+        drain: DrainWatcher,
+    ) -> Self {
+        let metrics = Metrics::new(registry, config.metric_pairs);
+        let shared = Arc::new(Shared {
+            config,
+            credentials: credentials.clone(),
+            flows,
+            metrics: metrics.clone(),
+            tasks,
+            drain,
+            connections: Connections::default(),
+            state: state.clone(),
+            pods: RwLock::default(),
+        });
+        let watch = shared.connections.clone().watch(state.clone(), credentials);
+        shared.tasks.vital("connection-watch", async move {
+            watch.await;
+            Ok(())
+        });
+        shared.tasks.vital("proxy-metrics", async move {
+            metrics.keep(state).await;
+            Ok(())
+        });
+        Self { shared }
+    }
+
+    /// Starts to serve a Pod. A Pod of the same UID that is served already is replaced: its listeners close, its
+    /// connections go on.
+    ///
+    /// # Errors
+    /// When a listener cannot be used.
+    pub fn add_pod(&self, handle: PodHandle) -> io::Result<()> {
+        let listeners = accept::Listeners::new(handle.listeners)?;
+        let shared = &self.shared;
+        let ports = listeners.ports();
+        let pod = Pod::new(
+            handle.uid.clone(),
+            handle.net,
+            ports,
+            &shared.config,
+            &shared.metrics,
+            shared.tasks.clone(),
+        );
+        let pod = Arc::new(pod);
+        if let Some(earlier) = shared.pods.write().insert(handle.uid, pod.clone()) {
+            earlier.stop_accepting();
+        }
+        listeners.serve(shared, &pod);
+        Ok(())
+    }
+
+    /// Stops to serve a Pod and cuts its connections.
+    pub fn remove_pod(&self, uid: &WorkloadUid) {
+        let removed = self.shared.pods.write().remove(uid);
+        self.shared.connections.cut_pod(uid);
+        if let Some(pod) = removed {
+            pod.close();
+        }
+    }
+
+    /// Live connections, each side of a same-node connection counted.
+    pub fn connections(&self) -> usize {
+        self.shared.connections.len()
+    }
+
+    #[cfg(test)]
+    pub(crate) fn shared(&self) -> Arc<Shared> {
+        self.shared.clone()
+    }
+}

@@ -1,0 +1,232 @@
+//! `cargo xtask test`: five tiers, from plain units to two nodes.
+
+use std::{
+    env,
+    io::{BufRead as _, BufReader},
+    path::PathBuf,
+    process::{Command, Stdio},
+};
+
+use crate::{
+    Failure, Outcome,
+    bpf::{self, Profile},
+    failed, machine, sh,
+};
+
+/// What a tier is, for the person who reads the output.
+const TIERS: [(u8, &str); 5] =
+    [(1, "units"), (2, "ABI and verifier"), (3, "BPF test runs"), (4, "real attach"), (5, "two nodes")];
+
+#[derive(Debug, Default)]
+struct Tally {
+    passed: u64,
+    failed: u64,
+    broken: Vec<String>,
+    skipped: Vec<String>,
+}
+
+/// Runs the tiers that are asked for, all without arguments.
+pub(crate) fn run(args: &[&str]) -> Outcome {
+    let tiers = wanted(args)?;
+    let needs_kernel = tiers.iter().any(|tier| *tier > 1);
+    let able = if needs_kernel { machine::check() } else { Ok(String::new()) };
+    let mut tally = Tally::default();
+    let mut ran = Vec::new();
+    for (tier, what) in TIERS.iter().filter(|(tier, _)| tiers.contains(tier)) {
+        sh::say(&format!("== tier {tier}: {what}"));
+        if let (true, Err(reason)) = (*tier > 1, &able) {
+            let reason =
+                reason.lines().skip(1).take_while(|line| line.starts_with("  - ")).collect::<Vec<_>>();
+            let line = format!("tier {tier} skipped: {}", reason.join("; ").replace("  - ", ""));
+            sh::say(&line);
+            tally.skipped.push(line);
+            continue;
+        }
+        match run_tier(*tier, &mut tally) {
+            Ok(()) => {}
+            Err(Failure::Unable(reason)) => {
+                let line = format!("tier {tier} skipped: {reason}");
+                sh::say(&line);
+                tally.skipped.push(line);
+                continue;
+            }
+            Err(Failure::Failed(reason) | Failure::Usage(reason)) => {
+                tally.broken.push(format!("tier {tier}: {reason}"));
+            }
+        }
+        ran.push(tier.to_string());
+    }
+    sh::say(&format!("tiers that ran: {}", if ran.is_empty() { "none".into() } else { ran.join(", ") }));
+    for line in tally.skipped.iter().chain(&tally.broken) {
+        sh::say(line);
+    }
+    let ci = env::var_os("CI").is_some_and(|value| !value.is_empty() && value != "false");
+    // A test that could not be built or a tier that CI may not skip counts as a failure.
+    let failures = tally.failed + tally.broken.len() as u64 + if ci { tally.skipped.len() as u64 } else { 0 };
+    let line = format!("{} passed, {failures} failed", tally.passed);
+    if failures > 0 {
+        return failed(line);
+    }
+    sh::say(&line);
+    Ok(())
+}
+
+fn wanted(args: &[&str]) -> Outcome<Vec<u8>> {
+    if args.is_empty() {
+        return Ok(TIERS.iter().map(|(tier, _)| *tier).collect());
+    }
+    let mut tiers = Vec::new();
+    let mut rest = args;
+    while let ["--tier", value, more @ ..] = rest {
+        match value.parse() {
+            Ok(tier @ 1..=5) => tiers.push(tier),
+            _ => return Err(Failure::Usage(format!("--tier takes 1 to 5, not {value:?}"))),
+        }
+        rest = more;
+    }
+    match rest {
+        [] => Ok(tiers),
+        other => Err(Failure::Usage(format!("test takes --tier N, not {:?}", other.join(" ")))),
+    }
+}
+
+fn run_tier(tier: u8, tally: &mut Tally) -> Outcome {
+    match tier {
+        1 => {
+            let mut cargo = sh::cargo();
+            libtest(cargo.args(["test", "--no-fail-fast"]), tally)?;
+            bpf::build_ebpf()?;
+            let mut cargo = sh::cargo();
+            cargo.args([
+                "test",
+                "--no-fail-fast",
+                "--package",
+                "weft-agent",
+                "--package",
+                "weft-tests",
+                "--lib",
+                "--bins",
+            ]);
+            libtest(&mut cargo, tally)
+        }
+        2 => bpf_tests(&["abi", "verifier"], tally),
+        3 => bpf_tests(&["test_run", "property"], tally),
+        4 => bpf_tests(&["attach"], tally),
+        _ => two_nodes(tally),
+    }
+}
+
+/// The files of bpf-tests whose names begin with one of `kinds`.
+fn bpf_tests(kinds: &[&str], tally: &mut Tally) -> Outcome {
+    bpf::build_ebpf()?;
+    let tests = executables("weft-bpf-tests", false)?;
+    let fits = |name: &str| kinds.iter().any(|kind| name.starts_with(kind));
+    let known = ["abi", "verifier", "test_run", "property", "attach"];
+    // A file of a kind that nobody knows must not be left out in silence: it counts as real attach.
+    let stray = |name: &str| kinds == ["attach"] && !known.iter().any(|kind| name.starts_with(kind));
+    let chosen: Vec<_> = tests.into_iter().filter(|(name, _)| fits(name) || stray(name)).collect();
+    if chosen.is_empty() {
+        return failed(format!("bpf-tests has no file for {}", kinds.join(", ")));
+    }
+    run_as_root(&chosen, Profile::Dev, tally)
+}
+
+fn two_nodes(tally: &mut Tally) -> Outcome {
+    bpf::build(Profile::Release)?;
+    let tests = executables("weft-tests", true)?;
+    run_as_root(&tests, Profile::Release, tally)
+}
+
+/// Builds a package's test files and gives their names and programs.
+fn executables(package: &str, release: bool) -> Outcome<Vec<(String, PathBuf)>> {
+    let mut cargo = sh::cargo();
+    cargo.args(["test", "--no-run", "--tests", "--package", package]);
+    if release {
+        cargo.arg("--release");
+    }
+    sh::run(&mut cargo)?;
+    let out = cargo.args(["--message-format", "json"]).stderr(Stdio::null()).output()?;
+    let text = String::from_utf8_lossy(&out.stdout);
+    let mut tests = Vec::new();
+    for line in text.lines().filter(|line| line.contains(r#""kind":["test"]"#)) {
+        let field = |name: &str| {
+            let rest = line.split_once(&format!("\"{name}\":\""))?.1;
+            Some(rest.split_once('"')?.0.to_owned())
+        };
+        let name = line.split_once(r#""target":{"#).and_then(|(_, rest)| {
+            let rest = rest.split_once("\"name\":\"")?.1;
+            Some(rest.split_once('"')?.0.to_owned())
+        });
+        if let (Some(name), Some(path)) = (name, field("executable")) {
+            tests.push((name, PathBuf::from(path)));
+        }
+    }
+    tests.sort();
+    Ok(tests)
+}
+
+fn run_as_root(tests: &[(String, PathBuf)], profile: Profile, tally: &mut Tally) -> Outcome {
+    for (name, path) in tests {
+        sh::say(&format!("-- {name}"));
+        let mut command = sh::as_root(path)?;
+        // One at a time: the tests time what they see, and a machine with two cores has no room for two labs.
+        command.args(["--test-threads", "1"]).env("WEFT_BIN_DIR", profile.folder()).current_dir(sh::root());
+        libtest(&mut command, tally)?;
+    }
+    Ok(())
+}
+
+/// Runs a command that prints libtest's output, passes it on and counts.
+fn libtest(command: &mut Command, tally: &mut Tally) -> Outcome {
+    let mut child = command.stdout(Stdio::piped()).spawn()?;
+    let mut summaries = 0;
+    let mut failures = 0;
+    if let Some(out) = child.stdout.take() {
+        for line in BufReader::new(out).lines() {
+            let line = line?;
+            if let Some((passed, failed)) = summary(&line) {
+                tally.passed += passed;
+                tally.failed += failed;
+                failures += failed;
+                summaries += 1;
+            }
+            sh::say(&line);
+        }
+    }
+    let status = child.wait()?;
+    // Failed without a failed test: it did not build, or it crashed.
+    if !status.success() && failures == 0 {
+        return failed(format!("{command:?} ended with {status}"));
+    }
+    if summaries == 0 {
+        return failed(format!("{command:?} ran no tests"));
+    }
+    Ok(())
+}
+
+fn summary(line: &str) -> Option<(u64, u64)> {
+    let rest = line.trim().strip_prefix("test result: ")?.split_once(". ")?.1;
+    let mut parts = rest.split("; ");
+    let passed = parts.next()?.strip_suffix(" passed")?.parse().ok()?;
+    let failed = parts.next()?.strip_suffix(" failed")?.parse().ok()?;
+    Some((passed, failed))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_libtest_summaries() {
+        let line = "test result: FAILED. 12 passed; 3 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.01s";
+        assert_eq!(summary(line), Some((12, 3)));
+        assert_eq!(summary("test a ... ok"), None);
+    }
+
+    #[test]
+    fn tiers_are_checked() {
+        assert_eq!(wanted(&["--tier", "2", "--tier", "4"]).ok(), Some(vec![2, 4]));
+        assert!(wanted(&["--tier", "6"]).is_err());
+        assert!(wanted(&["--tier"]).is_err());
+    }
+}
