@@ -99,7 +99,7 @@ impl Enrolment {
         }
         for (uid, workload) in desired {
             let before = self.pods.remove(&uid).map(|(_, standing)| standing);
-            let standing = self.place(&workload, before, anew);
+            let standing = self.place(&workload, before.as_ref(), anew);
             self.pods.insert(uid, (workload, standing));
         }
         let enrolled = self.pods.values().filter(|(_, s)| matches!(s, Standing::Enrolled(_))).count();
@@ -122,7 +122,7 @@ impl Enrolment {
         self.pods.values().filter_map(pod).collect()
     }
 
-    fn place(&self, workload: &Workload, before: Option<Standing>, anew: bool) -> Standing {
+    fn place(&self, workload: &Workload, before: Option<&Standing>, anew: bool) -> Standing {
         let Some(netns) = workload.netns.as_ref().map(PathBuf::from) else {
             return Standing::Failed(
                 "its network namespace is not known; the directory source takes it from the annotation weft.mesh/netns"
@@ -130,7 +130,7 @@ impl Enrolment {
             );
         };
         if !workload.mode.enrolled() {
-            return self.pass(workload, netns, before.as_ref());
+            return self.pass(workload, netns, before);
         }
         let spec = PodSpec {
             uid: workload.uid.clone(),
@@ -140,7 +140,7 @@ impl Enrolment {
             addresses: workload.addresses.clone(),
             netns,
         };
-        if let Some(Standing::Enrolled(old)) = &before
+        if let Some(Standing::Enrolled(old)) = before
             && !anew
             && old.addresses == spec.addresses
             && old.netns == spec.netns

@@ -145,6 +145,8 @@ impl Lab {
                 }
             })
             .into();
+        // As on a real node, where /run is a tmpfs: keys are kept nowhere else.
+        record.mounts.extend(nodes.iter().map(|node| node.run_dir.clone()));
         record.netns.extend(nodes.iter().map(|node| node.netns_name.clone()));
         record.save()?;
         let source = Directory::make(&dir.join("objects"))?;
@@ -164,6 +166,9 @@ impl Lab {
             keep: false,
         };
         machine::mount_at("bpf", &bpf)?;
+        for node in &lab.nodes {
+            machine::mount_at("tmpfs", &node.run_dir)?;
+        }
         lab.raise_links()?;
         for file in lab.options.objects.clone() {
             let text = fs::read_to_string(&file).with_context(|| format!("read {}", file.display()))?;

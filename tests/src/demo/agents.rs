@@ -44,18 +44,17 @@ pub(super) fn replace(tell: &mut Teller, lab: &mut Lab) -> Result<()> {
     let start = Instant::now();
     let mut old = lab.start_agent("node-b")?.context("node-b had no agent")?;
     let old_pid = old.pid();
-    lab.node_mut("node-b")?.wait_ready(Duration::from_secs(20))?;
-    let ready = start.elapsed();
     let status = old.wait(Duration::from_secs(30))?;
-    let at = done(&load.output());
+    let (gone, at) = (start.elapsed(), done(&load.output()));
+    lab.node_mut("node-b")?.wait_ready(Duration::from_secs(20))?;
     let new_pid = lab.node("node-b")?.agent.as_ref().map_or(0, crate::lab::Process::pid);
     load.wait(Duration::from_secs(60))?;
     let output = load.output();
     let last = output.lines().last().unwrap_or_default();
     let answer: Value = serde_json::from_str(last).with_context(|| format!("the load said {last:?}"))?;
     tell.did(&format!(
-        "agent {new_pid} is ready {} after its start and took over from {old_pid}, which ended with {status} at call {at}",
-        ms(ready)
+        "agent {new_pid} took over from {old_pid}, which drained and ended with {status} after {}, at call {at}",
+        ms(gone)
     ));
     let failed = 2000 - number(&answer, "/statuses/200");
     tell.saw(

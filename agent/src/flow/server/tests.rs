@@ -54,7 +54,7 @@ async fn fixture() -> Fixture {
             .add_service(ObserverServer::new(observer))
             .add_service(health_server::HealthServer::new(Health))
             .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async move {
-                watcher.draining().await
+                watcher.draining().await;
             })
             .await
             .unwrap();
