@@ -7,14 +7,14 @@ use clap::Parser;
 
 use crate::{
     interrupt,
-    lab::{Lab, LabOptions, Record},
+    lab::{Lab, Record},
 };
 
-mod agents;
-mod calls;
-mod policy;
+pub mod agents;
+pub mod calls;
+pub mod policy;
 mod tell;
-mod wire;
+pub mod wire;
 
 pub use tell::Teller;
 
@@ -55,6 +55,10 @@ fn down() -> Result<()> {
         tell.line("Nothing is standing.");
     }
     for record in all {
+        if record.in_use() {
+            tell.line(&format!("{} is in use by process {}; end that one.", record.name, record.owner));
+            continue;
+        }
         record.remove()?;
         tell.line(&format!(
             "{} is removed: {} namespaces, its processes, cgroups and pins.",
@@ -97,13 +101,14 @@ fn story(tell: &mut Teller, keep: bool) -> Result<()> {
     removed
 }
 
-fn raise(tell: &mut Teller) -> Result<Lab> {
+/// Raises the lab.
+///
+/// # Errors
+/// What could not be done.
+pub fn raise(tell: &mut Teller) -> Result<Lab> {
     tell.step(0, "Two nodes on this machine");
     let start = Instant::now();
-    let mut lab = Lab::start(LabOptions::default())?;
-    lab.start_nginx("web-v1")?;
-    lab.start_nginx("web-v2")?;
-    lab.start_server("echo", "banner", 7000)?;
+    let lab = Lab::shop()?;
     let (v4, v6) = (lab.pod("client")?.v4, lab.pod("client")?.v6);
     tell.did(&format!("node-a: client ({v4}, {v6}), intruder, echo, and stranger outside the mesh"));
     tell.did("node-b: web-v1 and web-v2, each an nginx; an operator; one agent per node; a veth as the wire");

@@ -8,7 +8,7 @@ use weft_core::{
     MeshConfig, MeshState, NamespacedName,
     flow::{FlowRecord, Reason, Tls},
     http::HttpRequest,
-    route::{self, Backend, HeaderChanges, RouteAnswer},
+    route::{self, HeaderChanges, RouteAnswer},
 };
 
 use super::{connect::Dialler, resolve};
@@ -54,27 +54,14 @@ impl HttpOutbound {
         service: &NamespacedName,
         port: u16,
     ) -> Result<(Target, Option<Target>), LocalReply> {
-        let targets = state.service(service).map(|s| resolve::ready(state, s, port)).unwrap_or_default();
+        let like = self.record.source.address.ip();
+        let targets =
+            state.service(service).map(|s| resolve::ready(state, s, port, like)).unwrap_or_default();
         let chosen = self.dialler.pod.balancer.choose(&targets, |t| t.address);
         let (target, alternate) =
             chosen.ok_or_else(|| self.reply(503, Reason::NoEndpoint, "no endpoint is ready"))?;
         Ok((target.clone(), alternate.cloned()))
     }
-}
-
-/// Draws a backend by weight. `None` where there is none with a weight.
-fn draw(backends: &[Backend]) -> Option<&Backend> {
-    let total: u64 = backends.iter().map(|b| u64::from(b.weight)).sum();
-    if total == 0 {
-        return None;
-    }
-    let mut at = rand::rng().random_range(0..total);
-    backends.iter().find(|backend| {
-        let weight = u64::from(backend.weight);
-        let here = at < weight;
-        at = at.saturating_sub(weight);
-        here
-    })
 }
 
 impl OutboundHandler for HttpOutbound {
@@ -95,7 +82,7 @@ impl OutboundHandler for HttpOutbound {
                 request_headers.clone_from(&rule.request_headers);
                 response_headers.clone_from(&rule.response_headers);
                 timeout = rule.timeout;
-                let backend = draw(&rule.backends).filter(|b| b.valid);
+                let backend = rule.backend(rand::rng().random()).filter(|b| b.valid);
                 let backend = backend.ok_or_else(|| {
                     self.reply(500, Reason::NoEndpoint, "the route's rule has no valid backend")
                 })?;
@@ -147,33 +134,5 @@ impl OutboundHandler for HttpOutbound {
         pair.sent.inc_by(end.sent);
         pair.received.inc_by(end.received);
         self.dialler.shared.flows.record(record::request(&connection, &end, self.settings().as_deref()));
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn backend(name: &str, weight: u32) -> Backend {
-        Backend { service: NamespacedName::new("shop", name), port: 80, weight, valid: true }
-    }
-
-    #[test]
-    fn backends_are_drawn_by_weight() {
-        let backends = [backend("v1", 90), backend("none", 0), backend("v2", 10)];
-        let mut counts = HashMap::new();
-        for _ in 0..10_000 {
-            let drawn = draw(&backends).expect("there is weight");
-            *counts.entry(drawn.service.name.to_string()).or_insert(0) += 1;
-        }
-        assert!(!counts.contains_key("none"));
-        // Six standard deviations of a binomial with p = 0.1 around 1,000.
-        assert!((820..=1180).contains(&counts["v2"]), "{counts:?}");
-    }
-
-    #[test]
-    fn no_weight_is_no_backend() {
-        assert!(draw(&[]).is_none());
-        assert!(draw(&[backend("v1", 0)]).is_none());
     }
 }

@@ -1,9 +1,13 @@
 //! From what was dialled to where it goes.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use weft_core::{
-    MeshState, NamespacedName, Service, Workload, flow::Reason, route, service::AppProtocol, workload::Mode,
+    MeshState, NamespacedName, Service, Workload,
+    flow::Reason,
+    route,
+    service::{AppProtocol, Endpoint},
+    workload::Mode,
 };
 
 use crate::l7::Target;
@@ -43,7 +47,7 @@ pub(super) fn resolve(
         if port.app_protocol == AppProtocol::Http || routed() {
             return Ok(Resolved::Http { service: service.name.clone(), port: port.port });
         }
-        let targets = ready(state, service, port.port);
+        let targets = ready(state, service, port.port, address.ip());
         return if targets.is_empty() {
             Err(Unresolved::Refused(Reason::NoEndpoint))
         } else {
@@ -57,21 +61,29 @@ pub(super) fn resolve(
     Ok(Resolved::Opaque(vec![Target { address, workload, service: None }]))
 }
 
-/// The ready endpoints of a Service's port.
-pub(super) fn ready(state: &MeshState, service: &Service, port: u16) -> Vec<Target> {
-    let endpoints = service.endpoints.iter().filter(|e| e.ready);
-    let targets = endpoints.filter_map(|endpoint| {
-        let to = *endpoint.ports.get(&port)?;
-        let workload = match &endpoint.workload {
-            // A Pod that should be known and is not: dialling it could go out in plaintext.
-            Some(uid) => Some(state.workload(uid)?.clone()),
-            None => state.workload_at(endpoint.address).cloned(),
-        };
-        Some(Target {
-            address: SocketAddr::new(endpoint.address.to_canonical(), to),
-            workload,
-            service: Some((service.name.clone(), port)),
-        })
-    });
-    targets.collect()
+/// The ready endpoints of a Service's port, of the family of `like` where there are any: a dual-stack Service has
+/// an EndpointSlice per family, and an address stands for the slice of its own.
+pub(super) fn ready(state: &MeshState, service: &Service, port: u16, like: IpAddr) -> Vec<Target> {
+    let targets = |same_family: bool| {
+        let v4 = like.to_canonical().is_ipv4() == same_family;
+        let endpoints =
+            service.endpoints.iter().filter(move |e| e.ready && e.address.to_canonical().is_ipv4() == v4);
+        endpoints.filter_map(|endpoint| target(state, service, port, endpoint)).collect::<Vec<_>>()
+    };
+    let same = targets(true);
+    if same.is_empty() { targets(false) } else { same }
+}
+
+fn target(state: &MeshState, service: &Service, port: u16, endpoint: &Endpoint) -> Option<Target> {
+    let to = *endpoint.ports.get(&port)?;
+    let workload = match &endpoint.workload {
+        // A Pod that should be known and is not: dialling it could go out in plaintext.
+        Some(uid) => Some(state.workload(uid)?.clone()),
+        None => state.workload_at(endpoint.address).cloned(),
+    };
+    Some(Target {
+        address: SocketAddr::new(endpoint.address.to_canonical(), to),
+        workload,
+        service: Some((service.name.clone(), port)),
+    })
 }

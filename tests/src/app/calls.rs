@@ -196,9 +196,6 @@ pub struct Dial {
     /// After the first answer hold the connection until the peer ends it.
     #[arg(long)]
     hold: bool,
-    /// Send an extra line each so many milliseconds while holding, and expect nothing.
-    #[arg(long, default_value_t = 0)]
-    poke_ms: u64,
 }
 
 impl Dial {
@@ -261,6 +258,12 @@ pub struct Many {
     /// Threads that open them.
     #[arg(long, default_value_t = 16)]
     threads: usize,
+    /// Milliseconds between the connections of a thread.
+    #[arg(long, default_value_t = 0)]
+    pace_ms: u64,
+    /// Print a line for each connection.
+    #[arg(long)]
+    progress: bool,
     /// Keep each open until all have exchanged; else close each after its exchange.
     #[arg(long)]
     together: bool,
@@ -280,6 +283,12 @@ impl Many {
                             return;
                         }
                         let result = self.exchange(number);
+                        if self.progress {
+                            super::say("call");
+                        }
+                        if self.pace_ms > 0 {
+                            thread::sleep(Duration::from_millis(self.pace_ms));
+                        }
                         let Ok(mut state) = state.lock() else { return };
                         match result {
                             Ok(stream) => {

@@ -18,7 +18,7 @@ use super::{
 use crate::{Lab, wait};
 
 /// The pins below a bpffs folder.
-pub(super) fn pins(folder: &Path) -> Vec<PathBuf> {
+pub fn pins(folder: &Path) -> Vec<PathBuf> {
     let mut out = Vec::new();
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
         let path = entry.path();
@@ -29,7 +29,10 @@ pub(super) fn pins(folder: &Path) -> Vec<PathBuf> {
 }
 
 /// Step 7, first half.
-pub(super) fn replace(tell: &mut Teller, lab: &mut Lab) -> Result<()> {
+///
+/// # Errors
+/// When something could not be done; what is not as told goes to the teller.
+pub fn replace(tell: &mut Teller, lab: &mut Lab) -> Result<()> {
     tell.step(7, "The agent of node-b is replaced under load, then killed");
     let web = vip(lab, "shop/web", 80)?;
     let args =
@@ -65,7 +68,10 @@ pub(super) fn replace(tell: &mut Teller, lab: &mut Lab) -> Result<()> {
 }
 
 /// Step 7, second half.
-pub(super) fn kill(tell: &mut Teller, lab: &mut Lab) -> Result<()> {
+///
+/// # Errors
+/// When something could not be done; what is not as told goes to the teller.
+pub fn kill(tell: &mut Teller, lab: &mut Lab) -> Result<()> {
     let web = vip(lab, "shop/web", 80)?;
     let bpffs = lab.node("node-b")?.bpffs.clone();
     let before = pins(&bpffs);

@@ -10,46 +10,49 @@ use crate::{Lab, metrics, observe, stats, wait};
 
 /// What an earlier step saw and a later one shows.
 #[derive(Debug, Default)]
-pub(super) struct Seen {
+pub struct Seen {
     /// Latency of calls without the mesh.
-    pub(super) direct: Vec<Duration>,
+    pub direct: Vec<Duration>,
 }
 
 /// `address:port` of a Service.
-pub(super) fn vip(lab: &Lab, key: &str, port: u16) -> Result<String> {
+pub fn vip(lab: &Lab, key: &str, port: u16) -> Result<String> {
     Ok(std::net::SocketAddr::new(lab.service(key, false)?, port).to_string())
 }
 
 /// `address:port` of a Pod.
-pub(super) fn pod(lab: &Lab, name: &str, port: u16) -> Result<String> {
+pub fn pod(lab: &Lab, name: &str, port: u16) -> Result<String> {
     Ok(std::net::SocketAddr::new(lab.pod(name)?.v4.into(), port).to_string())
 }
 
 /// Calls of client to an address.
-pub(super) fn http(lab: &Lab, from: &str, to: &str, more: &[&str]) -> Result<Value> {
+pub fn http(lab: &Lab, from: &str, to: &str, more: &[&str]) -> Result<Value> {
     let mut args = vec!["http", "--to", to];
     args.extend_from_slice(more);
     lab.app(from, &args)
 }
 
 /// A number in an answer.
-pub(super) fn number(answer: &Value, pointer: &str) -> u64 {
+pub fn number(answer: &Value, pointer: &str) -> u64 {
     answer.pointer(pointer).and_then(Value::as_u64).unwrap_or(0)
 }
 
 /// The latencies in an answer.
-pub(super) fn latencies(answer: &Value) -> Vec<Duration> {
+pub fn latencies(answer: &Value) -> Vec<Duration> {
     let micros = answer["micros"].as_array().into_iter().flatten();
     micros.filter_map(Value::as_u64).map(Duration::from_micros).collect()
 }
 
 /// Milliseconds with one digit.
-pub(super) fn ms(duration: Duration) -> String {
+pub fn ms(duration: Duration) -> String {
     format!("{:.1} ms", duration.as_secs_f64() * 1e3)
 }
 
 /// Step 1.
-pub(super) fn canary(tell: &mut Teller, lab: &Lab) -> Result<()> {
+///
+/// # Errors
+/// When something could not be done; what is not as told goes to the teller.
+pub fn canary(tell: &mut Teller, lab: &Lab) -> Result<()> {
     tell.step(1, "A canary, live");
     let web = vip(lab, "shop/web", 80)?;
     let (first, _) = wait::until(Duration::from_secs(10), "a first call to web", || {
@@ -89,7 +92,10 @@ fn counts(answer: &Value) -> String {
 }
 
 /// Step 2.
-pub(super) fn truth(tell: &mut Teller, lab: &Lab) -> Result<()> {
+///
+/// # Errors
+/// When something could not be done; what is not as told goes to the teller.
+pub fn truth(tell: &mut Teller, lab: &Lab) -> Result<()> {
     tell.step(2, "Both ends see the truth");
     let web = vip(lab, "shop/web", 80)?;
     let client = lab.pod("client")?.v4.to_string();
@@ -126,12 +132,12 @@ pub(super) fn truth(tell: &mut Teller, lab: &Lab) -> Result<()> {
 }
 
 /// Text at a pointer.
-pub(super) fn text<'a>(value: &'a Value, pointer: &str) -> &'a str {
+pub fn text<'a>(value: &'a Value, pointer: &str) -> &'a str {
     value.pointer(pointer).and_then(Value::as_str).unwrap_or_default()
 }
 
 /// The newest flow that fits, as soon as it is there.
-pub(super) fn flow(lab: &Lab, fits: impl Fn(&Value) -> bool) -> Result<Value> {
+pub fn flow(lab: &Lab, fits: impl Fn(&Value) -> bool) -> Result<Value> {
     let (flow, _) = wait::until(Duration::from_secs(5), "a flow record", || {
         let flows = observe::flows(lab, &["--last", "200"])?;
         flows.into_iter().rev().find(&fits).context("none that fits yet")
@@ -140,7 +146,10 @@ pub(super) fn flow(lab: &Lab, fits: impl Fn(&Value) -> bool) -> Result<Value> {
 }
 
 /// Step 6.
-pub(super) fn signals(tell: &mut Teller, lab: &Lab, seen: &mut Seen) -> Result<()> {
+///
+/// # Errors
+/// When something could not be done; what is not as told goes to the teller.
+pub fn signals(tell: &mut Teller, lab: &Lab, seen: &mut Seen) -> Result<()> {
     tell.step(6, "Golden signals");
     let web = vip(lab, "shop/web", 80)?;
     let meshed = http(lab, "client", &web, &["--count", "200"])?;

@@ -19,7 +19,10 @@ fn entries(status: &Value, map: &str) -> u64 {
 }
 
 /// Step 4.
-pub(super) fn enforce(tell: &mut Teller, lab: &Lab) -> Result<()> {
+///
+/// # Errors
+/// When something could not be done; what is not as told goes to the teller.
+pub fn enforce(tell: &mut Teller, lab: &Lab) -> Result<()> {
     tell.step(4, "A policy, live");
     let web = vip(lab, "shop/web", 80)?;
     let before = lab.status()?;
@@ -124,7 +127,10 @@ fn foreign(tell: &mut Teller, lab: &Lab) -> Result<()> {
 }
 
 /// Step 5.
-pub(super) fn observe(tell: &mut Teller, lab: &Lab) -> Result<()> {
+///
+/// # Errors
+/// When something could not be done; what is not as told goes to the teller.
+pub fn observe(tell: &mut Teller, lab: &Lab) -> Result<()> {
     tell.step(5, "The same, as weft observe shows it");
     let denied = flow(lab, |flow| flow["http"]["status"] == 403)?;
     let lines = lab.weft(&["observe", "--namespace", "shop", "--last", "8"])?;

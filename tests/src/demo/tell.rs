@@ -58,6 +58,11 @@ impl Teller {
         }
     }
 
+    /// What was not as told so far.
+    pub fn wrong(&self) -> &[String] {
+        &self.wrong
+    }
+
     /// The last line.
     ///
     /// # Errors

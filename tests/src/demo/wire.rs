@@ -15,7 +15,7 @@ use crate::{
 };
 
 /// Runs `work` while a capture on the wire runs.
-pub(super) fn captured(lab: &Lab, name: &str, work: impl FnOnce() -> Result<()>) -> Result<Trace> {
+pub fn captured(lab: &Lab, name: &str, work: impl FnOnce() -> Result<()>) -> Result<Trace> {
     // Outside the lab's folder: the reader may look at it when all else is gone.
     let path = std::env::temp_dir().join(format!("weft-demo-{name}.pcap"));
     let capture = Capture::start(&lab.node("node-a")?.place.netns, "wire0", &path)?;
@@ -24,7 +24,10 @@ pub(super) fn captured(lab: &Lab, name: &str, work: impl FnOnce() -> Result<()>)
 }
 
 /// Step 3.
-pub(super) fn secret(tell: &mut Teller, lab: &Lab, seen: &mut Seen) -> Result<()> {
+///
+/// # Errors
+/// When something could not be done; what is not as told goes to the teller.
+pub fn secret(tell: &mut Teller, lab: &Lab, seen: &mut Seen) -> Result<()> {
     tell.step(3, "Nothing readable on the wire, by a check that can fail");
     let word = format!("canary-{:08x}-in-the-clear", std::process::id());
     let header = format!("x-canary: {word}");

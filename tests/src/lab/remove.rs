@@ -29,9 +29,29 @@ pub struct Record {
     pub mounts: Vec<PathBuf>,
     /// The process that raised it.
     pub owner: u32,
+    /// When that process began, in ticks after boot: a process id is used again.
+    pub owner_began: u64,
+}
+
+/// When a process began, in ticks after boot (field 22 of `/proc/PID/stat`).
+fn began(pid: u32) -> Option<u64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let after_name = text.rsplit_once(')')?.1;
+    after_name.split_whitespace().nth(19)?.parse().ok()
 }
 
 impl Record {
+    /// A record of the running process.
+    pub fn own(name: &str) -> Self {
+        let owner = std::process::id();
+        Self { name: name.into(), owner, owner_began: began(owner).unwrap_or(0), ..Self::default() }
+    }
+
+    /// Whether the process that raised it still runs.
+    pub fn in_use(&self) -> bool {
+        began(self.owner) == Some(self.owner_began)
+    }
+
     /// The lab's folder.
     pub fn dir(&self) -> PathBuf {
         Path::new(LABS).join(&self.name)

@@ -11,6 +11,26 @@ use crate::wait;
 pub const HTTP: u16 = 8080;
 
 impl Lab {
+    /// The lab of `deploy/examples` with its servers: nginx in both webs, a banner in echo.
+    ///
+    /// # Errors
+    /// As [`Lab::start`].
+    pub fn shop() -> Result<Self> {
+        Self::shop_with(super::LabOptions::default())
+    }
+
+    /// [`Lab::shop`] with other settings.
+    ///
+    /// # Errors
+    /// As [`Lab::start`].
+    pub fn shop_with(options: super::LabOptions) -> Result<Self> {
+        let mut lab = Self::start(options)?;
+        lab.start_nginx("web-v1")?;
+        lab.start_nginx("web-v2")?;
+        lab.start_server("echo", "banner", 7000)?;
+        Ok(lab)
+    }
+
     /// Starts nginx in a Pod; every path answers `200` with the Pod's name, and the access log shows the
     /// client's address.
     ///
