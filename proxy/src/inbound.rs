@@ -107,8 +107,7 @@ pub async fn admit(shared: &Arc<Shared>, pod: &Arc<Pod>, arrival: Arrival) -> Re
     let Some(destination) = state.workload(&pod.uid).cloned() else {
         return Err(ConnectError::new(Reason::UnknownPeer, format!("nobody described the Pod {}", pod.uid)));
     };
-    let pair =
-        shared.metrics.pair(Reported::Destination, arrival.side(), Side::workload(&destination));
+    let pair = shared.metrics.pair(Reported::Destination, arrival.side(), Side::workload(&destination));
     let traffic = Arc::new(Traffic::new(pair.sent.clone(), pair.received.clone()));
     let mut session = new_session(shared, &arrival, &destination, traffic.clone());
     let registration = shared.connections.register(Entry {
@@ -146,7 +145,8 @@ pub async fn admit(shared: &Arc<Shared>, pod: &Arc<Pod>, arrival: Arrival) -> Re
         }
         Outcome::JudgeHttp => {
             session.opened();
-            let handler = HttpInbound::new(shared.clone(), pod.clone(), arrival, session.record.clone(), pair.clone());
+            let handler =
+                HttpInbound::new(shared.clone(), pod.clone(), arrival, session.record.clone(), pair.clone());
             let _open = OpenConnection::new(pair);
             Ok(Admitted::Http(Box::new(Http { handler: Arc::new(handler), registration, session, _open })))
         }
@@ -215,13 +215,17 @@ async fn dial(
     destination: SocketAddr,
 ) -> Result<Socket, ConnectError> {
     let failed = |error: std::io::Error| {
-        let text = format!("the application at {destination} cannot be connected to: {error}; does it listen there?");
+        let text = format!(
+            "the application at {destination} cannot be connected to: {error}; does it listen there?"
+        );
         ConnectError::new(Reason::ConnectFailure, text)
     };
     let socket = pod.net.socket(Family::of(destination), Some(client)).map_err(failed)?;
     let connected = tokio::time::timeout(shared.config.connect_timeout, socket.connect(destination)).await;
     let stream = connected
-        .map_err(|_| ConnectError::new(Reason::Timeout, format!("the application at {destination} did not answer")))?
+        .map_err(|_| {
+            ConnectError::new(Reason::Timeout, format!("the application at {destination} did not answer"))
+        })?
         .map_err(failed)?;
     socket::tune(&stream);
     Ok(Socket::new(stream))

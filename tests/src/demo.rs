@@ -113,7 +113,7 @@ pub fn raise(tell: &mut Teller) -> Result<Lab> {
     tell.did(&format!("node-a: client ({v4}, {v6}), intruder, echo, and stranger outside the mesh"));
     tell.did("node-b: web-v1 and web-v2, each an nginx; an operator; one agent per node; a veth as the wire");
     let status = lab.status()?;
-    let programs: Vec<usize> = agents_of(&status).map(|agent| healthy(agent)).collect();
+    let programs: Vec<usize> = agents_of(&status).map(healthy).collect();
     let pods: Vec<usize> =
         agents_of(&status).map(|agent| agent["pods"].as_array().map_or(0, Vec::len)).collect();
     tell.saw(

@@ -1,4 +1,5 @@
 //! Agents come and go.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::{net::SocketAddr, time::Duration};
 

@@ -1,4 +1,5 @@
 //! Bytes that are no protocol, on every port of the proxy.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::{fs, net::Ipv4Addr, time::Duration};
 

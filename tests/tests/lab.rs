@@ -1,4 +1,5 @@
 //! The lab itself, without a mesh: what the other tests stand on.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::time::Duration;
 

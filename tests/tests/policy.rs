@@ -1,4 +1,5 @@
 //! What policy changes do to what is already there.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::{
     net::SocketAddr,

@@ -1,4 +1,5 @@
 //! Every line of the demo's story, step by step, each on a lab of its own.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use weft_tests::{
     Lab,

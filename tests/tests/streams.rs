@@ -1,4 +1,5 @@
 //! Byte streams through the mesh, between nodes: both families.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::{fs, net::SocketAddr, time::Duration};
 

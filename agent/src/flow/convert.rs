@@ -273,13 +273,15 @@ fn endpoint(peer: &Peer, workload: Option<&Workload>) -> flow::Endpoint {
         match peer.subject {
             SubjectId::HOST => labels.push("reserved:host".into()),
             SubjectId::UNKNOWN => labels.push("reserved:unknown".into()),
-            _ if pod.is_none() => labels.push("reserved:world".into()),
+            _ if pod.is_none() && peer.identity.is_none() => labels.push("reserved:world".into()),
             _ => {}
         }
     }
+    let account =
+        || peer.identity.as_ref().and_then(|id| id.as_service_account()).map(|(namespace, _)| namespace);
     flow::Endpoint {
         identity: peer.subject.0,
-        namespace: pod.map(|p| p.namespace.to_string()).unwrap_or_default(),
+        namespace: pod.map(|p| p.namespace.as_ref()).or_else(account).unwrap_or_default().to_owned(),
         pod_name: pod.map(|p| p.name.to_string()).unwrap_or_default(),
         workloads: owner
             .map(|o| flow::Workload { name: o.name.to_string(), kind: o.kind.to_string() })

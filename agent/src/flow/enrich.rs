@@ -293,12 +293,15 @@ fn kernel_peer(address: SocketAddr, subject: SubjectId, state: &MeshState) -> (P
         }
         return (peer, Some(workload.clone()));
     }
-    if let Some(some) = state.workload_of(subject) {
-        // A Pod of the subject, not necessarily this one: what all of them share.
-        peer.identity = Some(some.identity.clone());
-        peer.owner = Some(some.owner.clone());
-    }
-    (peer, None)
+    let mut of_subject = state.workloads().filter(|w| w.subject == subject);
+    let Some(some) = of_subject.next() else { return (peer, None) };
+    // The address is not one of the subject's (a forged source, a Pod that is gone): what all its Pods share is
+    // true, and where there is only one it is that one.
+    peer.identity = Some(some.identity.clone());
+    peer.owner = Some(some.owner.clone());
+    let only = of_subject.next().is_none().then(|| some.clone());
+    peer.pod = only.as_ref().map(|w| w.name.clone());
+    (peer, only)
 }
 
 #[cfg(test)]

@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
-use super::{LABS_MADE, Lab, Place, Pod, Record, net, objects};
+use super::{LABS_MADE, Lab, Place, Pod, Record, objects};
 
 impl Lab {
     /// Takes objects in: Pods are raised and completed, Services get addresses and EndpointSlices; the rest is
