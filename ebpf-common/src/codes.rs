@@ -25,9 +25,9 @@ pub mod map {
     pub const VIP_DENIED: &str = "VIP_DENIED";
     /// [`crate::PolicyKey`] to [`crate::PolicyVal`].
     pub const POLICY: &str = "POLICY";
-    /// [`crate::Tuple`] to the time (ns, boot clock) an allowed flow that is not TCP was last seen.
+    /// [`crate::Tuple`] to the time (ns, monotonic clock) an allowed flow that is not TCP was last seen.
     pub const FLOWS: &str = "FLOWS";
-    /// [`crate::FragKey`] to the time (ns, boot clock) its first fragment passed.
+    /// [`crate::FragKey`] to the time (ns, monotonic clock) its first fragment passed.
     pub const FRAGS: &str = "FRAGS";
     /// [`crate::CountKey`] to a number per CPU.
     pub const COUNTS: &str = "COUNTS";

@@ -6,7 +6,7 @@ use tokio::{
     net::{TcpListener, TcpStream},
     sync::Semaphore,
 };
-use weft_runtime::Backoff;
+use weft_runtime::{Backoff, DrainHold};
 
 use crate::{inbound, outbound, platform::PodListeners, pod::Pod, proxy::Shared, socket::Socket};
 
@@ -16,6 +16,10 @@ pub(crate) struct Listeners {
     inbound: Vec<TcpListener>,
     tunnel: Vec<TcpListener>,
 }
+
+/// The most that is taken from a queue before its listener closes: the kernel's default limit of a queue
+/// (`net.core.somaxconn`), so that callers who keep on dialling cannot hold the close up.
+const QUEUE: usize = 4096;
 
 #[derive(Debug, Clone, Copy)]
 enum Kind {
@@ -58,13 +62,15 @@ impl Listeners {
             [(Kind::Outbound, self.outbound), (Kind::Inbound, self.inbound), (Kind::Tunnel, self.tunnel)];
         for (kind, listeners) in kinds {
             for listener in listeners {
-                shared.tasks.spawn("accept", accept(shared.clone(), pod.clone(), listener, kind));
+                // The drain waits until what the kernel has already taken is served.
+                let hold = shared.drain.hold();
+                shared.tasks.spawn("accept", accept(shared.clone(), pod.clone(), listener, kind, hold));
             }
         }
     }
 }
 
-async fn accept(shared: Arc<Shared>, pod: Arc<Pod>, listener: TcpListener, kind: Kind) {
+async fn accept(shared: Arc<Shared>, pod: Arc<Pod>, listener: TcpListener, kind: Kind, _hold: DrainHold) {
     let mut backoff = Backoff::new(Duration::from_millis(5), Duration::from_secs(1));
     let room = match kind {
         Kind::Outbound => &pod.outbound,
@@ -74,8 +80,8 @@ async fn accept(shared: Arc<Shared>, pod: Arc<Pod>, listener: TcpListener, kind:
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
-            () = shared.drain.draining() => return,
-            () = pod.accepting_stopped() => return,
+            () = shared.drain.draining() => break,
+            () = pod.accepting_stopped() => break,
         };
         match accepted {
             Ok((socket, _)) => {
@@ -93,6 +99,32 @@ async fn accept(shared: Arc<Shared>, pod: Arc<Pod>, listener: TcpListener, kind:
             }
         }
     }
+    match queued(listener) {
+        Ok(sockets) => sockets.for_each(|socket| start(&shared, &pod, room, socket, kind)),
+        Err(error) => tracing::warn!(pod = %pod.uid, ?kind, %error, "connections not yet accepted are reset"),
+    }
+}
+
+/// What waits in a listener's queue: closing the listener would reset it. The socket itself is asked, as the
+/// runtime's listener knows only what its last look at the socket said.
+fn queued(listener: TcpListener) -> io::Result<impl Iterator<Item = TcpStream>> {
+    let listener = listener.into_std()?;
+    Ok(std::iter::from_fn(move || {
+        loop {
+            match listener.accept() {
+                Ok((socket, _)) => return Some(socket),
+                Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // Nothing is left, or nothing can be taken any more.
+                Err(_) => return None,
+            }
+        }
+    })
+    .take(QUEUE)
+    .filter_map(|socket| {
+        socket.set_nonblocking(true).ok()?;
+        TcpStream::from_std(socket).ok()
+    }))
 }
 
 fn start(shared: &Arc<Shared>, pod: &Arc<Pod>, room: &Arc<Semaphore>, socket: TcpStream, kind: Kind) {

@@ -20,6 +20,7 @@ use weft_core::{
     policy::eval::{self, Access, Caller, Outcome},
 };
 use weft_identity::CredentialReader;
+use weft_runtime::DrainWatcher;
 
 /// TCP's protocol number.
 pub const TCP: u8 = 6;
@@ -184,11 +185,18 @@ impl Connections {
         })
     }
 
-    /// Judges all connections after each change, for as long as the state is published.
-    pub async fn watch(self, mut state: watch::Receiver<Arc<MeshState>>, credentials: CredentialReader) {
+    /// Judges all connections after each change, for as long as the state is published: to the end of the drain,
+    /// and beyond it while connections are left.
+    pub async fn watch(
+        self,
+        mut state: watch::Receiver<Arc<MeshState>>,
+        credentials: CredentialReader,
+        drain: DrainWatcher,
+    ) {
+        let mut drained = false;
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        loop {
+        while !(drained && self.is_empty()) {
             let cut = tokio::select! {
                 changed = state.changed() => {
                     if changed.is_err() {
@@ -198,6 +206,10 @@ impl Connections {
                     self.judge_all(&now)
                 }
                 _ = tick.tick() => self.check_credentials(&credentials),
+                () = drain.drained(), if !drained => {
+                    drained = true;
+                    0
+                }
             };
             if cut > 0 {
                 tracing::info!(connections = cut, "connections were cut: policy, identity or Pods changed");

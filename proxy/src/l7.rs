@@ -8,9 +8,12 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    sync::watch,
+};
 use weft_core::{
-    MeshConfig, NamespacedName, Workload,
+    MeshConfig, MeshState, NamespacedName, Workload,
     flow::{Reason, Verdict},
     http::HttpRequest,
     route::HeaderChanges,
@@ -38,6 +41,9 @@ pub trait OutboundHandler: Send + Sync + 'static {
     /// own timeout. The connection may be reused for later requests to an equal [`Target`].
     fn connect(&self, target: &Target) -> impl Future<Output = Result<Self::Upstream, ConnectError>> + Send;
 
+    /// The id of the connection's flow records, for answers that HTTP serving gives itself.
+    fn flow_id(&self) -> String;
+
     /// The mesh's settings (what to record), `None` before the first snapshot.
     fn settings(&self) -> Option<Arc<MeshConfig>>;
 
@@ -55,6 +61,17 @@ pub trait InboundHandler: Send + Sync + 'static {
     /// # Errors
     /// With the answer (403, carrying the flow's id) to give the caller.
     fn authorize(&self, request: &HttpRequest<'_>) -> Result<Permit, LocalReply>;
+
+    /// Tells of changes from now on after which a request under way is to be judged again with
+    /// [`InboundHandler::still_allows`]. Taken before [`InboundHandler::authorize`] is asked, so that no change is
+    /// missed in between.
+    fn changes(&self) -> watch::Receiver<Arc<MeshState>>;
+
+    /// Whether a request that was authorized still may go on. Nothing is counted.
+    fn still_allows(&self, request: &HttpRequest<'_>) -> bool;
+
+    /// The id of the connection's flow records, for answers that HTTP serving gives itself.
+    fn flow_id(&self) -> String;
 
     /// Opens a connection to the Pod's application. It has its own timeout. All of them serve this one caller, so
     /// a connection may be reused for later requests of the same handler.

@@ -37,6 +37,13 @@ impl Shared {
         self.state.borrow().clone()
     }
 
+    /// Tells of changes of the mesh from now on.
+    pub fn changes(&self) -> watch::Receiver<Arc<MeshState>> {
+        let mut changes = self.state.clone();
+        changes.mark_unchanged();
+        changes
+    }
+
     /// An enrolled Pod of this node.
     pub fn pod(&self, uid: &WorkloadUid) -> Option<Arc<Pod>> {
         self.pods.read().get(uid).cloned()
@@ -93,13 +100,17 @@ impl Proxy {
             state: state.clone(),
             pods: RwLock::default(),
         });
-        let watch = shared.connections.clone().watch(state.clone(), credentials);
+        let watch = shared.connections.clone().watch(state.clone(), credentials, shared.drain.clone());
         shared.tasks.vital("connection-watch", async move {
             watch.await;
             Ok(())
         });
+        let drain = shared.drain.clone();
         shared.tasks.vital("proxy-metrics", async move {
-            metrics.keep(state).await;
+            tokio::select! {
+                () = metrics.keep(state) => {}
+                () = drain.drained() => {}
+            }
             Ok(())
         });
         Self { shared }

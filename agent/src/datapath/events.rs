@@ -21,6 +21,7 @@ use super::{
     DatapathConfig, addr,
     error::DatapathError,
     maps::{Maps, pin_path},
+    probe,
 };
 
 /// Which hook saw it.
@@ -219,7 +220,8 @@ impl EventStream {
         loop {
             let mut guard = self.ring.readable_mut().await?;
             while let Some(item) = guard.get_inner_mut().0.next() {
-                if let Some(event) = KernelEvent::parse(&item) {
+                let event = KernelEvent::parse(&item);
+                if let Some(event) = event.filter(|event| !probe::dialled(event.destination.ip())) {
                     return Ok(event);
                 }
             }

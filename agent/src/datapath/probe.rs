@@ -18,6 +18,11 @@ const DUMMY: [IpAddr; 2] = [
     IpAddr::V6(std::net::Ipv6Addr::new(0x100, 0, 0, 0, 0, 0, 0, 8)),
 ];
 
+/// Whether only a probe can have dialled this: its events are no traffic of anybody's.
+pub(super) fn dialled(address: IpAddr) -> bool {
+    DUMMY.contains(&address)
+}
+
 /// Dials an enrolled address from a network namespace that nobody knows, in a cgroup below `root`. The hooks refuse
 /// that at once; without them the namespace has no route and the answer is another.
 pub(super) fn probe(root: &Path, maps: &Maps) -> Result<(), DatapathError> {

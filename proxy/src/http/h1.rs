@@ -12,7 +12,7 @@ pub(crate) mod scan;
 use std::{sync::Arc, time::Duration};
 
 use bytes::{Buf, Bytes, BytesMut};
-use weft_core::{flow::Reason, http::HttpRequest};
+use weft_core::flow::Reason;
 use weft_runtime::drain::DrainWatcher;
 
 use self::{
@@ -21,7 +21,13 @@ use self::{
     pool::Pool,
     request::RequestHead,
 };
-use super::{Limits, message::Malformed, record::Record, reply, service::Service};
+use super::{
+    Limits,
+    message::Malformed,
+    record::Record,
+    reply,
+    service::{Service, revoked},
+};
 use crate::l7::{Io, LocalReply};
 
 const PROTOCOL: &str = "HTTP/1.1";
@@ -45,7 +51,7 @@ pub(crate) async fn serve<S: Service, I: Io>(
             Next::End => break,
             Next::Refused(reply) => {
                 let mut record = Record::new(service.clone(), PROTOCOL);
-                refuse(&mut client, &mut record, &reply, false, false).await;
+                refuse(&mut client, &mut record, reply, false, false).await;
                 break;
             }
         };
@@ -54,7 +60,7 @@ pub(crate) async fn serve<S: Service, I: Io>(
         let keep = match RequestHead::parse(&raw) {
             Ok(head) => request(&context, &mut client, &mut pool, &head, &mut record).await,
             Err(problem) => {
-                refuse(&mut client, &mut record, &reply::malformed(problem), false, false).await;
+                refuse(&mut client, &mut record, reply::malformed(problem), false, false).await;
                 false
             }
         };
@@ -118,21 +124,18 @@ async fn request<S: Service, I: Io>(
     head: &RequestHead,
     record: &mut Record<S>,
 ) -> bool {
-    // The request as policy sees it is not `Send`: it must be gone before the first await.
-    let decided = {
-        let header = |name: &str| head.fields.joined(name);
-        let query = head.query.as_deref().unwrap_or_default();
-        record.request([&head.method, &head.host, &head.path, query], &header);
-        let judged =
-            HttpRequest { method: &head.method, path: &head.path, query, host: &head.host, header: &header };
-        context.service.decide(&judged)
-    };
+    // Before it is judged, so that no change is missed.
+    let changes = context.service.changes();
+    let decided = head.ask(|request| {
+        record.request(request);
+        context.service.decide(request)
+    });
     let head_only = head.method == "HEAD";
     let decision = match decided {
         Ok(decision) => decision,
         Err(reply) => {
             let keep = head.keep_alive && !head.body.is_some() && !(context.draining)();
-            return refuse(client, record, &reply, keep, head_only).await;
+            return refuse(client, record, reply, keep, head_only).await;
         }
     };
     record.decided(&decision);
@@ -142,17 +145,23 @@ async fn request<S: Service, I: Io>(
         () = tally.stalled(context.limits) => timed_out(&tally),
         // What an upgrade leads to is no longer a request with an answer.
         () = within(decision.timeout), if head.upgrade.is_none() => timed_out(&tally),
+        () = revoked(changes, || head.ask(|request| context.service.still_allows(request))) => Ended::Revoked,
     };
     match ended {
         Ended::Next => true,
         Ended::Close => false,
         Ended::Reply { reply, keep } => {
             let keep = keep && head.keep_alive && !(context.draining)();
-            refuse(client, record, &reply, keep, head_only).await
+            refuse(client, record, reply, keep, head_only).await
         }
+        // Without an end of the body: the caller must see that it is not whole.
         Ended::Abort(reason) => {
             record.failed(reason);
-            // Without an end of the body: the caller must see that it is not whole.
+            client.writer.torn = true;
+            false
+        }
+        Ended::Revoked => {
+            record.revoked();
             client.writer.torn = true;
             false
         }
@@ -178,16 +187,16 @@ pub(crate) async fn within(limit: Option<Duration>) {
 async fn refuse<S: Service, I: Io>(
     client: &mut Conn<I>,
     record: &mut Record<S>,
-    reply: &LocalReply,
+    mut reply: LocalReply,
     keep: bool,
     head_only: bool,
 ) -> bool {
-    record.replied(reply);
+    record.replied(&mut reply);
     if client.writer.torn {
         return false;
     }
     let connection: &[u8] = if keep { b"" } else { b"close" };
-    let (status, length) = reply::encode_h1(reply, head_only, connection, &mut client.writer.out);
+    let (status, length) = reply::encode_h1(&reply, head_only, connection, &mut client.writer.out);
     record.tally.answered(status, record.begun);
     record.tally.add_received(length);
     client.writer.flush().await.is_ok() && keep

@@ -8,7 +8,10 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use weft_core::flow::{Reason, Verdict};
+use weft_core::{
+    flow::{Reason, Verdict},
+    http::HttpRequest,
+};
 
 use super::{
     Limits,
@@ -107,17 +110,13 @@ impl<S: Service> Record<S> {
     }
 
     /// Notes what was asked, and the headers that the mesh wants recorded.
-    pub(crate) fn request(
-        &mut self,
-        [method, host, path, query]: [&str; 4],
-        header: &dyn Fn(&str) -> Option<String>,
-    ) {
+    pub(crate) fn request(&mut self, request: &HttpRequest<'_>) {
         const LONGEST: usize = 1024;
         let wanted = self.service.settings();
         let names = wanted.iter().flat_map(|settings| &settings.telemetry.headers);
         let headers = names
             .filter_map(|name| {
-                let mut value = header(name)?;
+                let mut value = (request.header)(name)?;
                 let mut end = LONGEST.min(value.len());
                 while !value.is_char_boundary(end) {
                     end -= 1;
@@ -127,10 +126,10 @@ impl<S: Service> Record<S> {
             })
             .collect();
         self.with(|end| {
-            end.method = method.to_owned();
-            end.host = host.to_owned();
-            end.path = path.to_owned();
-            end.query = query.to_owned();
+            end.method = request.method.to_owned();
+            end.host = request.host.to_owned();
+            end.path = request.path.to_owned();
+            end.query = request.query.to_owned();
             end.headers = headers;
         });
     }
@@ -159,8 +158,19 @@ impl<S: Service> Record<S> {
         });
     }
 
-    /// It is answered here.
-    pub(crate) fn replied(&mut self, reply: &LocalReply) {
+    /// Policy no longer allows it.
+    pub(crate) fn revoked(&mut self) {
+        self.with(|end| {
+            end.reason = Reason::Revoked;
+            end.verdict = Verdict::Denied;
+        });
+    }
+
+    /// It is answered here. The answer names the flow, whoever made it.
+    pub(crate) fn replied(&mut self, reply: &mut LocalReply) {
+        if reply.flow_id.is_empty() {
+            reply.flow_id = self.service.flow_id();
+        }
         let denied = matches!(
             reply.reason,
             Reason::PolicyDenied

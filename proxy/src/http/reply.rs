@@ -15,7 +15,7 @@ pub(crate) fn malformed(problem: Malformed) -> LocalReply {
     plain(400, Reason::ProtocolError, format!("weft refused this request: {problem}"))
 }
 
-/// A failure that has no flow id of its own.
+/// A failure; its flow id is filled in when it is sent.
 pub(crate) fn plain(status: u16, reason: Reason, message: impl Into<String>) -> LocalReply {
     LocalReply {
         status,

@@ -1,8 +1,13 @@
 //! One face for both directions: an outbound handler routes a request, an inbound one judges it.
 
-use std::{future::Future, sync::Arc, time::Duration};
+use std::{
+    future::{Future, pending},
+    sync::Arc,
+    time::Duration,
+};
 
-use weft_core::{MeshConfig, NamespacedName, http::HttpRequest, route::HeaderChanges};
+use tokio::sync::watch;
+use weft_core::{MeshConfig, MeshState, NamespacedName, http::HttpRequest, route::HeaderChanges};
 
 use crate::{
     balance::Lease,
@@ -34,8 +39,26 @@ pub(crate) trait Service: Send + Sync + 'static {
         &self,
         target: Option<&Target>,
     ) -> impl Future<Output = Result<Self::Upstream, ConnectError>> + Send;
+    /// After which changes a request is to be judged again; `None` where this side does not judge.
+    fn changes(&self) -> Option<Changes>;
+    fn still_allows(&self, request: &HttpRequest<'_>) -> bool;
+    fn flow_id(&self) -> String;
     fn settings(&self) -> Option<Arc<MeshConfig>>;
     fn finished(&self, end: RequestEnd);
+}
+
+pub(crate) type Changes = watch::Receiver<Arc<MeshState>>;
+
+/// Ends once a request under way is no longer allowed: it is asked again after every change.
+pub(crate) async fn revoked(changes: Option<Changes>, still_allowed: impl Fn() -> bool) {
+    if let Some(mut changes) = changes {
+        while changes.changed().await.is_ok() {
+            if !still_allowed() {
+                return;
+            }
+        }
+    }
+    pending::<()>().await;
 }
 
 /// Requests of an application of ours.
@@ -67,6 +90,18 @@ impl<H: OutboundHandler> Service for Outbound<H> {
         }
     }
 
+    fn changes(&self) -> Option<Changes> {
+        None
+    }
+
+    fn still_allows(&self, _: &HttpRequest<'_>) -> bool {
+        true
+    }
+
+    fn flow_id(&self) -> String {
+        self.0.flow_id()
+    }
+
     fn settings(&self) -> Option<Arc<MeshConfig>> {
         self.0.settings()
     }
@@ -90,6 +125,18 @@ impl<H: InboundHandler> Service for Inbound<H> {
 
     async fn connect(&self, _: Option<&Target>) -> Result<Self::Upstream, ConnectError> {
         self.0.connect().await
+    }
+
+    fn changes(&self) -> Option<Changes> {
+        Some(self.0.changes())
+    }
+
+    fn still_allows(&self, request: &HttpRequest<'_>) -> bool {
+        self.0.still_allows(request)
+    }
+
+    fn flow_id(&self) -> String {
+        self.0.flow_id()
     }
 
     fn settings(&self) -> Option<Arc<MeshConfig>> {

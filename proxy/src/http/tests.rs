@@ -12,10 +12,10 @@ use bytes::BytesMut;
 use parking_lot::Mutex;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex},
-    sync::mpsc,
+    sync::{mpsc, watch},
 };
 use weft_core::{
-    MeshConfig, NamespacedName,
+    MeshConfig, MeshState, NamespacedName,
     flow::{Reason, Verdict},
     http::HttpRequest,
     route::HeaderChanges,
@@ -36,6 +36,9 @@ struct Handler {
     ended: mpsc::UnboundedSender<RequestEnd>,
     /// `method host path?query x-tenant` of what was judged.
     judged: Mutex<Vec<String>>,
+    /// Value of `x-tenant` that is no longer allowed, and the news of it.
+    revoked: Mutex<String>,
+    changes: watch::Sender<Arc<MeshState>>,
     plan: Plan,
 }
 
@@ -67,6 +70,11 @@ impl Handler {
         })
     }
 
+    fn revoke(&self, tenant: &str) {
+        *self.revoked.lock() = tenant.to_owned();
+        self.changes.send_replace(Arc::default());
+    }
+
     fn open(&self) -> Result<DuplexStream, ConnectError> {
         if self.plan.unreachable {
             return Err(ConnectError::new(Reason::ConnectFailure, "connection refused"));
@@ -92,6 +100,10 @@ impl OutboundHandler for Handler {
         })
     }
 
+    fn flow_id(&self) -> String {
+        "flow-9".into()
+    }
+
     async fn connect(&self, _: &Target) -> Result<DuplexStream, ConnectError> {
         self.open()
     }
@@ -111,6 +123,18 @@ impl InboundHandler for Handler {
 
     fn authorize(&self, request: &HttpRequest<'_>) -> Result<Permit, LocalReply> {
         self.judge(request).map(|()| Permit::default())
+    }
+
+    fn changes(&self) -> watch::Receiver<Arc<MeshState>> {
+        self.changes.subscribe()
+    }
+
+    fn still_allows(&self, request: &HttpRequest<'_>) -> bool {
+        (request.header)("x-tenant").as_ref() != Some(&*self.revoked.lock())
+    }
+
+    fn flow_id(&self) -> String {
+        "flow-9".into()
     }
 
     async fn connect(&self) -> Result<DuplexStream, ConnectError> {
@@ -150,8 +174,14 @@ impl Rig {
         let (ours, theirs) = duplex(64 * 1024);
         let (upstreams_in, upstreams) = mpsc::unbounded_channel();
         let (ended_in, ended) = mpsc::unbounded_channel();
-        let handler =
-            Arc::new(Handler { upstreams: upstreams_in, ended: ended_in, judged: Mutex::default(), plan });
+        let handler = Arc::new(Handler {
+            upstreams: upstreams_in,
+            ended: ended_in,
+            judged: Mutex::default(),
+            revoked: Mutex::default(),
+            changes: watch::Sender::default(),
+            plan,
+        });
         let (drain, watcher) = drain::channel();
         let tasks = Tasks::new();
         let task = match side {

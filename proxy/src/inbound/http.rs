@@ -2,11 +2,12 @@
 
 use std::{net::SocketAddr, sync::Arc};
 
+use tokio::sync::watch;
 use weft_core::{
-    MeshConfig,
+    MeshConfig, MeshState,
     flow::{FlowRecord, Reason, Verdict},
     http::HttpRequest,
-    policy::eval::{self, Access, Outcome},
+    policy::eval::{self, Access, Decision, Outcome},
 };
 
 use super::{Arrival, count, dial, policy_of};
@@ -47,7 +48,7 @@ impl HttpInbound {
         LocalReply {
             status: 403,
             reason,
-            flow_id: format!("{:016x}", self.arrival.connection),
+            flow_id: self.flow_id(),
             policy,
             reveal_policy: self.settings().is_some_and(|s| s.reveal_policy),
             headers: Vec::new(),
@@ -58,19 +59,24 @@ impl HttpInbound {
     fn destination(&self) -> SocketAddr {
         self.arrival.destination
     }
+
+    /// What policy says now; `None` where nobody describes the Pod.
+    fn judge(&self, request: &HttpRequest<'_>) -> Option<Decision> {
+        let state = self.shared.state();
+        let destination = state.workload(&self.pod.uid)?;
+        let caller = self.arrival.source.caller();
+        let access = Access { caller, destination, port: self.destination().port(), protocol: TCP };
+        Some(eval::judge_http(&state, &access, request))
+    }
 }
 
 impl InboundHandler for HttpInbound {
     type Upstream = AppConnection;
 
     fn authorize(&self, request: &HttpRequest<'_>) -> Result<Permit, LocalReply> {
-        let state = self.shared.state();
-        let Some(destination) = state.workload(&self.pod.uid) else {
+        let Some(decision) = self.judge(request) else {
             return Err(self.denied(Reason::UnknownPeer, None));
         };
-        let caller = self.arrival.source.caller();
-        let access = Access { caller, destination, port: self.destination().port(), protocol: TCP };
-        let decision = eval::judge_http(&state, &access, request);
         count(&self.pair, &decision);
         match decision.outcome {
             Outcome::Allow => {
@@ -78,6 +84,18 @@ impl InboundHandler for HttpInbound {
             }
             Outcome::Deny | Outcome::JudgeHttp => Err(self.denied(decision.reason, decision.policy)),
         }
+    }
+
+    fn changes(&self) -> watch::Receiver<Arc<MeshState>> {
+        self.shared.changes()
+    }
+
+    fn still_allows(&self, request: &HttpRequest<'_>) -> bool {
+        self.judge(request).is_some_and(|decision| decision.outcome == Outcome::Allow)
+    }
+
+    fn flow_id(&self) -> String {
+        format!("{:016x}", self.arrival.connection)
     }
 
     async fn connect(&self) -> Result<AppConnection, ConnectError> {

@@ -40,7 +40,7 @@ impl HttpOutbound {
         LocalReply {
             status,
             reason,
-            flow_id: format!("{:016x}", self.record.connection),
+            flow_id: self.flow_id(),
             policy: None,
             reveal_policy: false,
             headers: Vec::new(),
@@ -107,6 +107,10 @@ impl OutboundHandler for HttpOutbound {
         let mut upstream = upstream;
         upstream.reset_on_drop(false);
         Ok(upstream)
+    }
+
+    fn flow_id(&self) -> String {
+        format!("{:016x}", self.record.connection)
     }
 
     fn settings(&self) -> Option<Arc<MeshConfig>> {

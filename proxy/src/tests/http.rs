@@ -91,6 +91,54 @@ async fn requests_are_judged_on_the_same_node() {
     story(true).await;
 }
 
+async fn revocation(same_node: bool) {
+    let mesh = Mesh::new();
+    let a = mesh.node("node-a");
+    let b = if same_node { None } else { Some(mesh.node("node-b")) };
+    let there = b.as_ref().unwrap_or(&a);
+    let (client, mut web) = (mesh.pod(&a, "client"), mesh.pod(there, "web"));
+    let listener = web.listen().await;
+    let port = listener.local_addr().expect("an address").port();
+    let vip = mesh.service("web", AppProtocol::Http, &[(&web, port)]);
+    let mut rule = from_account("client");
+    rule.http = vec![HttpRule { methods: vec![Arc::from("GET")], ..HttpRule::default() }];
+    mesh.police(&mut web, Action::Allow, vec![rule.clone()]);
+    let mut caller = client.dial(vip).await;
+    caller.write_all(b"GET /events HTTP/1.1\r\nhost: web\r\n\r\n").await.expect("written");
+    let (mut app, _) = soon("a connection", listener.accept()).await.expect("a connection");
+    app.write_all(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n3\r\none\r\n")
+        .await
+        .expect("written");
+    let mut answer = String::new();
+    while !answer.ends_with("one\r\n") {
+        answer.push(char::from(soon("an event", caller.read_u8()).await.expect("an event")));
+    }
+    // The connection as a whole stays a matter of its requests: only the request is no longer allowed.
+    let changed = std::time::Instant::now();
+    rule.http = vec![HttpRule { methods: vec![Arc::from("POST")], ..HttpRule::default() }];
+    mesh.police(&mut web, Action::Allow, vec![rule]);
+    let mut rest = Vec::new();
+    // A reset and an end without the last chunk both tell the caller that it was cut.
+    let _ = soon("the cut", caller.read_to_end(&mut rest)).await;
+    assert!(changed.elapsed().as_secs() < 1, "{:?}", changed.elapsed());
+    assert_eq!(String::from_utf8_lossy(&rest), "", "nothing may follow");
+    let record = there
+        .records
+        .find("the revocation", |r| r.http.is_some() && r.reporter == Reporter::ProxyDestination)
+        .await;
+    assert_eq!((record.reason, record.verdict), (Reason::Revoked, Verdict::Denied));
+}
+
+#[tokio::test]
+async fn a_request_under_way_is_cut_at_the_other_node() {
+    revocation(false).await;
+}
+
+#[tokio::test]
+async fn a_request_under_way_is_cut_on_the_same_node() {
+    revocation(true).await;
+}
+
 #[tokio::test]
 async fn a_service_without_endpoints_answers_503() {
     let mesh = Mesh::new();

@@ -99,6 +99,34 @@ async fn drain_lets_connections_end_and_takes_no_more() {
 }
 
 #[tokio::test]
+async fn drain_serves_what_the_kernel_has_accepted() {
+    let mesh = Mesh::new();
+    let (a, b) = (mesh.node("node-a"), mesh.node("node-b"));
+    let (client, web) = (mesh.pod(&a, "client"), mesh.pod(&b, "web"));
+    let app = web.echo().await;
+    let mut queued: Vec<_> = (0..8).map(|_| client.dial_unaccepted(app)).collect();
+    let talk = async {
+        for stream in &mut queued {
+            soon("an echo", ping(stream, b"queued")).await.expect("it is served");
+        }
+        queued.clear();
+    };
+    let (in_time, ()) =
+        soon("the drain", async { tokio::join!(a.drain.drain(Duration::from_secs(15)), talk) }).await;
+    assert!(in_time, "it waited for its deadline");
+}
+
+#[tokio::test]
+async fn nothing_is_left_to_abort_after_the_drain() {
+    let mesh = Mesh::new();
+    let node = mesh.node("node-a");
+    let pod = mesh.pod(&node, "web");
+    assert!(soon("the drain", node.drain.drain(Duration::from_secs(15))).await);
+    assert_eq!(soon("the tasks", node.tasks.join(Duration::from_secs(10))).await, 0);
+    drop(pod);
+}
+
+#[tokio::test]
 async fn metrics_name_the_pair_and_forget_it() {
     let mesh = Mesh::new();
     let (a, b) = (mesh.node("node-a"), mesh.node("node-b"));

@@ -62,7 +62,7 @@ pub(super) struct Node {
     pub(super) publisher: CredentialPublisher,
     pub(super) drain: drain::DrainTrigger,
     pub(super) registry: Registry,
-    _tasks: Tasks,
+    pub(super) tasks: Tasks,
 }
 
 #[derive(Debug)]
@@ -163,7 +163,7 @@ impl Mesh {
         change(&mut config);
         let state = self.state.subscribe();
         let proxy = Proxy::new(config, state, reader, records.clone(), &mut registry, tasks.clone(), watcher);
-        Node { name, proxy, records, publisher, drain, registry, _tasks: tasks }
+        Node { name, proxy, records, publisher, drain, registry, tasks }
     }
 
     /// Credentials of an id, signed by `ca`.
@@ -298,6 +298,19 @@ impl Pod {
         let original = OriginalDst { address, connection, subject: self.workload.subject };
         self.net.dialled.lock().insert(socket.local_addr().expect("an address"), original);
         socket.connect(self.outbound).await.expect("the proxy accepts")
+    }
+
+    /// [`Pod::dial`] that gives the proxy no chance to accept meanwhile: the connection waits in the kernel's queue.
+    pub(super) fn dial_unaccepted(&self, address: SocketAddr) -> TcpStream {
+        let socket =
+            socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).expect("a socket");
+        socket.bind(&SocketAddr::new(self.ip, 0).into()).expect("an address");
+        let own = socket.local_addr().expect("an address").as_socket().expect("an IP address");
+        let original = OriginalDst { address, connection: 0, subject: self.workload.subject };
+        self.net.dialled.lock().insert(own, original);
+        socket.connect(&self.outbound.into()).expect("the kernel accepts");
+        socket.set_nonblocking(true).expect("a socket");
+        TcpStream::from_std(socket.into()).expect("a socket")
     }
 
     /// Connects to the proxy's outbound port without having been steered there.

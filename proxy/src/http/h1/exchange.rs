@@ -30,6 +30,8 @@ pub(crate) enum Ended {
     Reply { reply: LocalReply, keep: bool },
     /// No answer can be given any more; the connection ends at once.
     Abort(Reason),
+    /// Policy no longer allows it; the connection ends at once.
+    Revoked,
 }
 
 /// The most interim responses before the final one.

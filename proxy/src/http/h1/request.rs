@@ -3,7 +3,7 @@
 use std::mem::MaybeUninit;
 
 use bytes::{BufMut, Bytes, BytesMut};
-use weft_core::route::HeaderChanges;
+use weft_core::{http::HttpRequest, route::HeaderChanges};
 
 use super::{
     super::message::{self, Host, Known, Malformed},
@@ -81,6 +81,19 @@ impl RequestHead {
             keep_alive,
             upgrade,
             trailers_wanted,
+        })
+    }
+
+    /// Asks something about the request as policy and routes see it.
+    pub(crate) fn ask<T>(&self, question: impl FnOnce(&HttpRequest<'_>) -> T) -> T {
+        let query = self.query.as_deref().unwrap_or_default();
+        let header = |name: &str| self.fields.joined(name);
+        question(&HttpRequest {
+            method: &self.method,
+            path: &self.path,
+            query,
+            host: &self.host,
+            header: &header,
         })
     }
 

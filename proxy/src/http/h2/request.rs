@@ -6,7 +6,7 @@ use http::{
     request::Parts,
     uri::{Authority, PathAndQuery, Scheme},
 };
-use weft_core::route::HeaderChanges;
+use weft_core::{http::HttpRequest, route::HeaderChanges};
 
 use super::super::{
     h1::fields::MAX_FIELDS,
@@ -14,7 +14,7 @@ use super::super::{
 };
 
 /// A request as it is judged and forwarded.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct RequestHead {
     pub(crate) method: Method,
     /// Normalised.
@@ -52,8 +52,21 @@ impl RequestHead {
         Ok(Self { method, path, query, host, headers, grpc, authority, scheme })
     }
 
+    /// Asks something about the request as policy and routes see it.
+    pub(crate) fn ask<T>(&self, question: impl FnOnce(&HttpRequest<'_>) -> T) -> T {
+        let query = self.query.as_deref().unwrap_or_default();
+        let header = |name: &str| self.joined(name);
+        question(&HttpRequest {
+            method: self.method.as_str(),
+            path: &self.path,
+            query,
+            host: &self.host,
+            header: &header,
+        })
+    }
+
     /// The values of a name, joined.
-    pub(crate) fn joined(&self, name: &str) -> Option<String> {
+    fn joined(&self, name: &str) -> Option<String> {
         let separator = if name.eq_ignore_ascii_case("cookie") { "; " } else { "," };
         if name.eq_ignore_ascii_case("host") {
             return Some(self.authority.as_str().to_owned());

@@ -10,7 +10,7 @@ use std::{
 use bytes::Bytes;
 use h2::{Reason as Code, RecvStream, SendStream, client::ResponseFuture, server::SendResponse};
 use http::{Request, Response};
-use weft_core::{flow::Reason, http::HttpRequest};
+use weft_core::flow::Reason;
 
 use super::{
     super::{
@@ -18,7 +18,7 @@ use super::{
         h1::within,
         record::{Record, Tally},
         reply,
-        service::{Decision, Service},
+        service::{Decision, Service, revoked},
     },
     pool::Pool,
     pump::{PumpError, pump},
@@ -40,6 +40,8 @@ enum Ended {
     Reply(LocalReply),
     /// The caller's stream is reset.
     Reset(Reason, Code),
+    /// Policy no longer allows it; the caller's stream is reset.
+    Revoked,
     ClientGone,
 }
 
@@ -57,38 +59,45 @@ pub(crate) async fn serve<S: Service>(
     let head = match RequestHead::parse(parts) {
         Ok(head) => head,
         Err(problem) => {
-            refuse(&mut respond, &mut record, &reply::malformed(problem), false, head_only);
+            refuse(&mut respond, &mut record, reply::malformed(problem), false, head_only);
             return Outcome::Normal;
         }
     };
     let grpc = head.grpc;
-    let decided = {
-        let header = |name: &str| head.joined(name);
-        let query = head.query.as_deref().unwrap_or_default();
-        record.request([head.method.as_str(), &head.host, &head.path, query], &header);
-        let method = head.method.as_str();
-        service.decide(&HttpRequest { method, path: &head.path, query, host: &head.host, header: &header })
-    };
+    // Before it is judged, so that no change is missed.
+    let changes = service.changes();
+    let decided = head.ask(|request| {
+        record.request(request);
+        service.decide(request)
+    });
     let decision = match decided {
         Ok(decision) => decision,
         Err(reply) => {
-            refuse(&mut respond, &mut record, &reply, grpc, head_only);
+            refuse(&mut respond, &mut record, reply, grpc, head_only);
             return Outcome::Normal;
         }
     };
     record.decided(&decision);
     let tally = record.tally.clone();
+    let judged = changes.is_some().then(|| head.clone());
+    let still_allowed =
+        || judged.as_ref().is_none_or(|head| head.ask(|request| service.still_allows(request)));
     let ended = tokio::select! {
         ended = forward(&pool, head, body, &decision, &mut respond, &mut record) => ended,
         () = tally.stalled(limits) => timed_out(&tally),
         () = within(decision.timeout) => timed_out(&tally),
+        () = revoked(changes, still_allowed) => Ended::Revoked,
     };
     match ended {
         Ended::Done => record.done(),
-        Ended::Reply(reply) => refuse(&mut respond, &mut record, &reply, grpc, head_only),
+        Ended::Reply(reply) => refuse(&mut respond, &mut record, reply, grpc, head_only),
         Ended::Reset(reason, code) => {
             record.failed(reason);
             respond.send_reset(code);
+        }
+        Ended::Revoked => {
+            record.revoked();
+            respond.send_reset(Code::CANCEL);
         }
         Ended::ClientGone => {
             record.failed(Reason::PeerReset);
@@ -109,12 +118,12 @@ fn timed_out(tally: &Tally) -> Ended {
 fn refuse<S: Service>(
     respond: &mut SendResponse<Bytes>,
     record: &mut Record<S>,
-    reply: &LocalReply,
+    mut reply: LocalReply,
     grpc: bool,
     head_only: bool,
 ) {
-    record.replied(reply);
-    let (response, body) = reply::build_h2(reply, grpc);
+    record.replied(&mut reply);
+    let (response, body) = reply::build_h2(&reply, grpc);
     let status = response.status().as_u16();
     let end = head_only || body.is_empty();
     // A caller that is gone needs no answer; the record stands as it is.

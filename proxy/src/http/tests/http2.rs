@@ -287,3 +287,41 @@ async fn drain_says_goaway_and_finishes_the_stream() {
     respond.send_response(Response::new(()), true).expect("answered");
     assert_eq!(soon(response).await.expect("an answer").status(), 200);
 }
+
+#[tokio::test]
+async fn a_stream_that_is_no_longer_allowed_is_reset_alone() {
+    let mut h2 = H2::new(Side::Inbound).await;
+    let of = |tenant: &str| {
+        let mut request = get("/watch");
+        request.headers_mut().insert("x-tenant", tenant.parse().expect("a value"));
+        request
+    };
+    let (revoked, _) = h2.caller().await.send_request(of("blue"), true).expect("sent");
+    let mut upstream = h2.upstream().await;
+    let (_, mut revoked_there) = soon(upstream.recv()).await.expect("a stream");
+    let mut sending = revoked_there.send_response(Response::new(()), false).expect("answered");
+    let mut body = soon(revoked).await.expect("an answer").into_body();
+    let (other, _) = h2.caller().await.send_request(of("green"), true).expect("sent");
+    let (_, mut other_there) = soon(upstream.recv()).await.expect("a stream");
+    h2.rig.handler.revoke("blue");
+    let error = soon(body.data()).await.expect("no clean end").expect_err("a reset");
+    assert_eq!(error.reason(), Some(Code::CANCEL));
+    let told = soon(poll_fn(|cx| sending.poll_reset(cx))).await.expect("a reset");
+    assert_eq!(told, Code::CANCEL);
+    let end = h2.rig.end().await;
+    assert_eq!((end.status, end.verdict, end.reason), (200, Verdict::Denied, Reason::Revoked));
+    other_there.send_response(Response::new(()), true).expect("answered");
+    assert_eq!(soon(other).await.expect("an answer").status(), 200);
+}
+
+#[tokio::test]
+async fn local_answers_name_the_flow() {
+    let unreachable = Plan { unreachable: true, ..Plan::default() };
+    let h2 = H2::with(Rig::with(Side::Inbound, unreachable, Limits::default())).await;
+    let (response, _) = h2.caller().await.send_request(get("/"), true).expect("sent");
+    let response = soon(response).await.expect("an answer");
+    assert_eq!(
+        (response.status().as_u16(), &response.headers()["weft-flow-id"]),
+        (503, &"flow-9".parse().expect("a value"))
+    );
+}

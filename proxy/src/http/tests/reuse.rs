@@ -192,3 +192,68 @@ async fn drain_finishes_the_request_and_closes() {
     let answer = client.rest().await;
     assert_eq!(answer, "HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: close\r\n\r\nok");
 }
+
+#[tokio::test]
+async fn a_stream_that_is_no_longer_allowed_is_cut() {
+    let get = |tenant| format!("GET /events HTTP/1.1\r\nHost: a\r\nX-Tenant: {tenant}\r\n");
+    let upgrade = "Connection: upgrade\r\nUpgrade: websocket\r\n";
+    let switched = "HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n";
+    let events = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\none\r\n";
+    for (more, answer, status) in [("", events, 200), (upgrade, switched, 101), ("", "", 0)] {
+        let mut rig = Rig::new(Side::Inbound);
+        rig.client.send(format!("{}{more}\r\n", get("blue"))).await;
+        let mut upstream = rig.upstream().await;
+        upstream.head().await;
+        upstream.send(answer).await;
+        let seen = if answer.is_empty() { String::new() } else { rig.client.head().await };
+        // A change that leaves it alone, and one that does not.
+        rig.handler.revoke("green");
+        rig.handler.revoke("blue");
+        let rest = rig.client.rest().await;
+        assert!(!rest.ends_with("0\r\n\r\n"), "{seen:?} {rest:?}");
+        assert_eq!(upstream.rest().await, "", "the application sees the end too");
+        let end = rig.end().await;
+        assert_eq!((end.status, end.verdict, end.reason), (status, Verdict::Denied, Reason::Revoked));
+    }
+}
+
+#[tokio::test]
+async fn a_stream_that_is_still_allowed_goes_on() {
+    let mut rig = Rig::new(Side::Inbound);
+    rig.client.send("GET /events HTTP/1.1\r\nHost: a\r\nX-Tenant: blue\r\n\r\n").await;
+    let mut upstream = rig.upstream().await;
+    upstream.head().await;
+    upstream.send("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\none\r\n").await;
+    rig.client.read_until("one\r\n").await;
+    rig.handler.revoke("green");
+    upstream.send("3\r\ntwo\r\n0\r\n\r\n").await;
+    rig.client.read_until("two\r\n0\r\n\r\n").await;
+    assert_eq!(rig.end().await.reason, Reason::None);
+}
+
+#[tokio::test]
+async fn local_answers_name_the_flow() {
+    let brief = Duration::from_millis(20);
+    let impatient = Limits { head_timeout: brief, ..Limits::default() };
+    let slow = Plan { timeout: Some(brief), ..Plan::default() };
+    let unreachable = Plan { unreachable: true, ..Plan::default() };
+    for (status, request, plan, limits) in [
+        (400, "GET / HTTP/1.1\r\n\r\n", Plan::default(), Limits::default()),
+        (408, "GET / HTTP/1.1\r\n", Plan::default(), impatient),
+        (502, GET, Plan::default(), Limits::default()),
+        (503, GET, unreachable, Limits::default()),
+        (504, GET, slow, Limits::default()),
+    ] {
+        let mut rig = Rig::with(Side::Outbound, plan, limits);
+        rig.client.send(request).await;
+        // Held where the answer is waited for in vain.
+        let _upstream = match status {
+            502 | 504 => Some(rig.upstream().await),
+            _ => None,
+        };
+        let _upstream = _upstream.filter(|_| status == 504);
+        let answer = rig.client.head().await;
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{answer}");
+        assert!(answer.contains("\r\nweft-flow-id: flow-9\r\n"), "{answer}");
+    }
+}
