@@ -21,6 +21,7 @@ use crate::{
     distribution::Distribution,
     grpc::{control::ControlService, identity::IdentityService},
     index::Index,
+    last_good::{Kept, LastGood},
     metrics::Metrics,
     objects::{self, Object},
     source::{Source, dir::DirSource},
@@ -91,10 +92,11 @@ pub struct Operator {
 /// With what cannot be opened or bound, and what to do.
 pub async fn build(args: &RunArgs) -> Result<(Operator, DrainTrigger)> {
     let SourceArg::Dir(dir) = &args.source;
-    let source: Box<dyn Source> = Box::new(DirSource::new(dir)?);
-    let trust_domain = trust_domain(args, dir)?;
     fs::create_dir_all(&args.state_dir)
         .with_context(|| format!("cannot make {}; --state-dir must be writable", args.state_dir.display()))?;
+    let (last_good, kept) = LastGood::open(&args.state_dir.join("last-good"))?;
+    let trust_domain = trust_domain(args, dir, &kept)?;
+    let source: Box<dyn Source> = Box::new(DirSource::new(dir, kept)?);
     let tokens = Arc::new(Tokens::open_or_create(&args.state_dir)?);
     let ca = Arc::new(EmbeddedCa::open_or_create(&args.state_dir.join("ca.pem"), trust_domain.clone())?);
     write_bundle(&args.state_dir.join("bundle.pem"), &ca.roots_pem())?;
@@ -135,6 +137,7 @@ pub async fn build(args: &RunArgs) -> Result<(Operator, DrainTrigger)> {
     let (overview, overviews) = watch::channel(Arc::new(Overview::default()));
     let controller = Controller {
         index: Index::new(trust_domain),
+        last_good,
         distribution: Arc::clone(&distribution),
         metrics: metrics.clone(),
         overview,
@@ -180,8 +183,8 @@ async fn serve(
     Ok(router.serve_with_incoming_shutdown(incoming, drain.draining()).await?)
 }
 
-/// The flag, or the folder's MeshConfig, or the default. The CA is made for it, so it must be known first.
-fn trust_domain(args: &RunArgs, dir: &Path) -> Result<TrustDomain> {
+/// The flag, or the folder's MeshConfig, or its last good form, or the default. The CA is made for it, so it must be known first.
+fn trust_domain(args: &RunArgs, dir: &Path, kept: &[Kept]) -> Result<TrustDomain> {
     let written = || -> Result<Option<String>> {
         for entry in fs::read_dir(dir)? {
             let path = entry?.path();
@@ -193,7 +196,10 @@ fn trust_domain(args: &RunArgs, dir: &Path) -> Result<TrustDomain> {
                 }
             }
         }
-        Ok(None)
+        Ok(kept.iter().find_map(|k| match &k.document.object {
+            Object::MeshConfig(config) => Some(config.spec.trust_domain.clone()),
+            _ => None,
+        }))
     };
     let name = match &args.trust_domain {
         Some(name) => name.clone(),

@@ -41,7 +41,7 @@ pub struct RunArgs {
     /// Where objects come from: dir:PATH, a folder of YAML files.
     #[arg(long)]
     pub source: SourceArg,
-    /// Where the CA's root, tokens and the bundle for agents are kept.
+    /// Where the CA's root, tokens, the bundle for agents and the last good form of every object are kept.
     #[arg(long)]
     pub state_dir: PathBuf,
     /// Where agents connect (gRPC over TLS).

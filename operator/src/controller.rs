@@ -12,9 +12,10 @@ use weft_runtime::ReadyGuard;
 use crate::{
     distribution::Distribution,
     index::{Index, Report},
+    last_good::LastGood,
     metrics::{Metrics, ObjectLabels},
     objects::ObjectKey,
-    source::Batch,
+    source::{Batch, Change},
 };
 
 /// What is known of all objects after a batch; the status writer's input.
@@ -32,6 +33,7 @@ pub(crate) struct Overview {
 
 pub(crate) struct Controller {
     pub(crate) index: Index,
+    pub(crate) last_good: LastGood,
     pub(crate) distribution: Arc<Distribution>,
     pub(crate) metrics: Metrics,
     pub(crate) overview: watch::Sender<Arc<Overview>>,
@@ -66,14 +68,30 @@ impl Controller {
             }
         }
         let mut changed = BTreeSet::new();
+        let mut forms = BTreeMap::new();
         for (origin, change) in batch.changes {
-            changed.insert(change.key().clone());
+            let key = change.key().clone();
+            changed.insert(key.clone());
+            let form = match &change {
+                Change::Apply(document) => Some(Some((document.generation, Arc::clone(&document.text)))),
+                Change::Remove(_) => Some(None),
+                Change::Bad { .. } => None,
+            };
             if let Some(problem) = self.index.apply(&origin, change) {
                 tracing::error!("{origin}: {problem}");
+            } else if let Some(form) = form {
+                forms.insert(key, (origin, form));
             }
         }
         let output = self.index.build();
         let version = self.distribution.publish(output.resources, batch.noticed);
+        // After the push, which must not wait for the disk: what is lost by a crash in between is read again.
+        for (key, (origin, form)) in forms {
+            match form {
+                Some((generation, text)) => self.last_good.keep(&origin, &key, generation, &text),
+                None => self.last_good.forget(&key),
+            }
+        }
         let objects = output
             .reports
             .into_iter()

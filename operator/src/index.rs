@@ -15,7 +15,8 @@ use k8s_openapi::api::{
     networking::v1::NetworkPolicy,
 };
 use weft_api::{
-    FieldError, ObjectError,
+    AuthorizationPolicy, AuthorizationPolicySpec, FieldError, ObjectError,
+    authorization::TargetRef,
     convert::{authorization, http_route, mesh_config, traffic},
     labels,
 };
@@ -30,6 +31,7 @@ use crate::{
     source::Change,
 };
 
+mod mesh;
 mod pods;
 mod policies;
 mod routes;
@@ -86,7 +88,10 @@ pub struct Output {
 #[derive(Debug, Clone)]
 enum Good {
     Namespace(Mode, FailMode),
-    Node { ranges: Vec<Cidr>, zone: Arc<str> },
+    Node {
+        ranges: Vec<Cidr>,
+        zone: Arc<str>,
+    },
     Ranges(Vec<Cidr>),
     Pod(Box<Pod>),
     Service(Box<Service>),
@@ -96,7 +101,8 @@ enum Good {
     Grant(Box<ReferenceGrant>),
     Policy(Arc<Policy>, Vec<authorization::Target>),
     Traffic(Vec<String>),
-    Mesh(config::MeshConfig),
+    /// The settings, and the fields set in them that have no effect yet.
+    Mesh(config::MeshConfig, Vec<&'static str>),
 }
 
 #[derive(Debug)]
@@ -106,6 +112,8 @@ struct Entry {
     good: Option<Good>,
     /// What is wrong with the newest form.
     problem: Option<String>,
+    /// What an AuthorizationPolicy without any good form selects; `None`: every Pod of its namespace.
+    guarded: Option<Vec<authorization::Target>>,
 }
 
 /// All objects, in their checked forms.
@@ -123,32 +131,39 @@ impl Index {
 
     /// Takes a change. `Some` holds what is wrong with it; the object's last good form then goes on.
     pub fn apply(&mut self, origin: &Arc<str>, change: Change) -> Option<String> {
-        let (key, generation, checked) = match change {
+        let (key, generation, checked, target_refs) = match change {
             Change::Remove(key) => {
                 self.entries.remove(&key);
                 return None;
             }
-            Change::Bad { key, generation, message } => {
+            Change::Bad { key, generation, message, target_refs } => {
                 let message = if message.starts_with(key.kind.as_str()) {
                     message
                 } else {
                     format!("{key}: {message}")
                 };
-                (key, generation, Err(message))
+                (key, generation, Err(message), target_refs)
             }
             Change::Apply(document) => {
+                let target_refs = match &document.object {
+                    Object::AuthorizationPolicy(o) => Some(o.spec.target_refs.clone().into_boxed_slice()),
+                    _ => None,
+                };
                 let checked = self.check(&document.key, document.object).map_err(|e| e.to_string());
-                (document.key, document.generation, checked)
+                (document.key, document.generation, checked, target_refs)
             }
         };
+        let guarded = target_refs.and_then(|refs| targets(&key, refs));
         let entry = self.entries.entry(key).or_insert_with(|| Entry {
             origin: Arc::clone(origin),
             generation,
             good: None,
             problem: None,
+            guarded: None,
         });
         entry.origin = Arc::clone(origin);
         entry.generation = generation;
+        entry.guarded = guarded;
         match checked {
             Ok(good) => {
                 entry.good = Some(good);
@@ -221,7 +236,7 @@ impl Index {
                     );
                     return Err(wrong(FieldError::new("spec.trustDomain", message)));
                 }
-                Good::Mesh(config)
+                Good::Mesh(config, mesh::without_effect(&o.spec))
             }
         })
     }
@@ -267,10 +282,15 @@ impl Index {
         (self.entries.iter())
             .map(|(key, entry)| {
                 let accepted = match (&entry.problem, &entry.good) {
+                    (None, Some(Good::Mesh(_, set))) => Finding::ok("Accepted", mesh::message(set)),
                     (None, _) => Finding::ok("Accepted", ""),
                     (Some(problem), Some(_)) => {
                         Finding::bad("Invalid", format!("{problem} (the last good form goes on)"))
                     }
+                    (Some(problem), None) if key.kind == Kind::AuthorizationPolicy => Finding::bad(
+                        "Invalid",
+                        format!("{problem} ({})", policies::guard_message(key, entry)),
+                    ),
                     (Some(problem), None) => Finding::bad("Invalid", problem.as_str()),
                 };
                 let programmable = match key.kind {
@@ -281,6 +301,9 @@ impl Index {
                                 "Invalid",
                                 "this form is not accepted; the last good one is enforced",
                             )),
+                            (Some(_), None) if key.kind == Kind::AuthorizationPolicy => {
+                                Err(Finding::bad("Invalid", policies::guard_message(key, entry)))
+                            }
                             (Some(_), None) => {
                                 Err(Finding::bad("Invalid", "not accepted, so nothing is enforced"))
                             }
@@ -302,7 +325,7 @@ impl Index {
     fn config(&self) -> config::MeshConfig {
         let mut config = (self.good())
             .find_map(|(_, good)| match good {
-                Good::Mesh(config) => Some(config.clone()),
+                Good::Mesh(config, _) => Some(config.clone()),
                 _ => None,
             })
             .unwrap_or_else(|| mesh_config::defaults(self.trust_domain.clone()));
@@ -326,6 +349,18 @@ impl Index {
             None => (Mode::Disabled, FailMode::Closed),
         }
     }
+}
+
+/// Targets in their checked form; `None` where one of them is wrong.
+fn targets(key: &ObjectKey, target_refs: Box<[TargetRef]>) -> Option<Vec<authorization::Target>> {
+    let spec = AuthorizationPolicySpec {
+        target_refs: target_refs.into_vec(),
+        action: Default::default(),
+        rules: Vec::new(),
+    };
+    let mut object = AuthorizationPolicy::new(&key.name, spec);
+    object.metadata.namespace = Some(key.namespace.clone());
+    authorization::convert(&object).ok().map(|converted| converted.targets)
 }
 
 /// Text to an address in its plain form.

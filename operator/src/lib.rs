@@ -10,6 +10,7 @@ mod controller;
 pub mod distribution;
 pub mod grpc;
 pub mod index;
+pub mod last_good;
 pub mod metrics;
 pub mod objects;
 pub mod source;

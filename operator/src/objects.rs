@@ -1,6 +1,6 @@
 //! Objects as a source reads them: documents of YAML, parsed kind by kind.
 
-use std::fmt;
+use std::{fmt, sync::Arc};
 
 use gateway_api::{httproutes::HttpRoute, referencegrants::ReferenceGrant};
 use k8s_openapi::api::{
@@ -10,7 +10,11 @@ use k8s_openapi::api::{
 };
 use serde::{Deserialize, de::DeserializeOwned};
 use sha2::{Digest, Sha256};
-use weft_api::{AuthorizationPolicy, MeshConfig, TrafficPolicy, convert::unknown_fields};
+use weft_api::{
+    AuthorizationPolicy, MeshConfig, TrafficPolicy, authorization::TargetRef, convert::unknown_fields,
+};
+
+mod broken;
 
 /// The kinds that the operator reads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -160,6 +164,8 @@ pub struct Document {
     pub generation: i64,
     /// The object.
     pub object: Object,
+    /// The text that it was read from.
+    pub text: Arc<str>,
 }
 
 /// A document that was not.
@@ -173,6 +179,10 @@ pub struct BadDocument {
     pub line: usize,
     /// The field, what is wrong with it, and what to do.
     pub message: String,
+    /// True where the text is no YAML: the key was read from its beginning, and what the rest holds is unknown.
+    pub torn: bool,
+    /// The targets of an AuthorizationPolicy, where they could be read whole.
+    pub target_refs: Option<Box<[TargetRef]>>,
 }
 
 #[derive(Deserialize)]
@@ -215,11 +225,18 @@ fn split(text: &str) -> Vec<(usize, String)> {
 
 fn document(line: usize, text: String) -> Result<Option<Document>, BadDocument> {
     let generation = content_number(&text);
-    let bad = |key: Option<ObjectKey>, message: String| BadDocument { key, generation, line, message };
+    let bad = |key: Option<ObjectKey>, message: String| BadDocument {
+        key,
+        generation,
+        line,
+        message,
+        torn: false,
+        target_refs: None,
+    };
     // Empty lines in front make the parser's line numbers those of the file.
     let padded = "\n".repeat(line - 1) + &text;
-    drop(text);
-    let head: Head = serde_yaml_ng::from_str(&padded).map_err(|e| bad(None, e.to_string()))?;
+    let head: Head = serde_yaml_ng::from_str(&padded)
+        .map_err(|e| BadDocument { torn: true, ..bad(broken::torn_key(&text, generation), e.to_string()) })?;
     let kind = match Kind::find(&head.api_version, &head.kind) {
         Ok(Some(kind)) => kind,
         Ok(None) if head.kind.is_empty() => {
@@ -230,13 +247,18 @@ fn document(line: usize, text: String) -> Result<Option<Document>, BadDocument> 
         }
         Ok(None) => return Ok(None),
         Err(message) => {
+            let key = broken::guarded_key(&head, generation);
+            let target_refs = broken::target_refs(&text);
             let name = head.metadata.name.unwrap_or_default();
-            return Err(bad(None, format!("{} {name}: {message}", head.kind)));
+            let message = format!("{} {name}: {message}", head.kind);
+            return Err(BadDocument { target_refs, ..bad(key, message) });
         }
     };
-    let Some(name) = head.metadata.name.filter(|n| is_object_name(n)) else {
+    let Some(name) = head.metadata.name.clone().filter(|n| is_object_name(n)) else {
         let message = "metadata.name: is missing or no name; use a-z, 0-9, '-' and '.'";
-        return Err(bad(None, format!("{}: {message}", kind.as_str())));
+        let key = broken::guarded_key(&head, generation);
+        let target_refs = broken::target_refs(&text);
+        return Err(BadDocument { target_refs, ..bad(key, format!("{}: {message}", kind.as_str())) });
     };
     let namespace = if kind.namespaced() {
         head.metadata.namespace.unwrap_or_else(|| "default".into())
@@ -248,8 +270,12 @@ fn document(line: usize, text: String) -> Result<Option<Document>, BadDocument> 
         return Err(bad(None, message));
     }
     let key = ObjectKey { kind, namespace, name };
-    let object = object(kind, &padded).map_err(|message| bad(Some(key.clone()), message))?;
-    Ok(Some(Document { key, generation, object }))
+    let object = object(kind, &padded).map_err(|message| {
+        let policy = kind == Kind::AuthorizationPolicy;
+        let target_refs = policy.then(|| broken::target_refs(&text)).flatten();
+        BadDocument { target_refs, ..bad(Some(key.clone()), message) }
+    })?;
+    Ok(Some(Document { key, generation, object, text: text.into() }))
 }
 
 fn object(kind: Kind, text: &str) -> Result<Object, String> {

@@ -4,6 +4,7 @@ use std::{collections::BTreeMap, sync::Arc, time::Instant};
 
 use futures_util::future::BoxFuture;
 use tokio::sync::mpsc;
+use weft_api::authorization::TargetRef;
 use weft_runtime::DrainWatcher;
 
 use crate::objects::{Document, ObjectKey};
@@ -23,6 +24,8 @@ pub enum Change {
         generation: i64,
         /// The field, what is wrong with it, and what to do.
         message: String,
+        /// The targets of an AuthorizationPolicy, where they could be read whole.
+        target_refs: Option<Box<[TargetRef]>>,
     },
     /// It is gone.
     Remove(ObjectKey),

@@ -41,6 +41,10 @@ async fn start(objects: &[(&str, &str)]) -> Fixture {
     for (name, text) in objects {
         fs::write(folder.path().join(name), text).unwrap();
     }
+    run(folder, state).await
+}
+
+async fn run(folder: TempDir, state: TempDir) -> Fixture {
     let any = "127.0.0.1:0".parse().unwrap();
     let args = RunArgs {
         source: SourceArg::Dir(folder.path().into()),
@@ -259,4 +263,49 @@ async fn a_bad_object_is_named_and_everything_else_goes_on() {
         }
     };
     timeout(WAIT, poll).await.unwrap();
+}
+
+/// Whether the Pod web of the agent's state takes a call of the Pod client.
+fn takes(state: &MeshState) -> bool {
+    use weft_core::policy::eval::{Access, Caller, Outcome, TCP, judge};
+    let pod = |name: &str| state.workloads().find(|w| &*w.name.name == name).unwrap();
+    let caller = Caller::Authenticated(&pod("client").identity);
+    let access = Access { caller, destination: pod("web"), port: 80, protocol: TCP };
+    judge(state, &access).outcome == Outcome::Allow
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_breaks_before_a_restart_stays_enforced() {
+    let deny = policy(80).replace("rules:", "action: DENY, rules:");
+    let broken = deny.replace("DENY", "NEVER");
+    let mesh = "apiVersion: weft.mesh/v1alpha1\nkind: MeshConfig\nmetadata: {name: default}\nspec: {trustDomain: shop.example}\n";
+    let f = start(&[("base.yaml", &base()), ("policy.yaml", &deny), ("mesh.yaml", mesh)]).await;
+    let Fixture { objects, state, operator, trigger } = f;
+    assert!(trigger.drain(WAIT).await);
+    operator.tasks.join(WAIT).await;
+    for (name, text) in [("policy.yaml", &*broken), ("base.yaml", ": : [broken"), ("mesh.yaml", "[")] {
+        fs::write(objects.path().join(name), text).unwrap();
+    }
+    let f = run(objects, state).await;
+    let mut agent = f.subscribe(&f.token("node-a"), Version::default()).await.unwrap();
+    agent.next().await;
+    assert_eq!(agent.state.policies().count(), 1);
+    assert!(!takes(&agent.state));
+    assert_eq!(agent.state.workloads().next().unwrap().identity.trust_domain(), "shop.example");
+    assert!(f.trigger.drain(WAIT).await);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_policy_that_was_never_good_denies_on_the_nodes() {
+    let f = start(&[("base.yaml", &base())]).await;
+    let mut agent = f.subscribe(&f.token("node-a"), Version::default()).await.unwrap();
+    agent.next().await;
+    assert!(takes(&agent.state));
+    f.write("policy.yaml", &policy(0));
+    agent.next().await;
+    assert_eq!(agent.state.policies().count(), 0);
+    assert!(!takes(&agent.state));
+    f.write("policy.yaml", &policy(80));
+    agent.next().await;
+    assert!(takes(&agent.state));
 }

@@ -11,8 +11,8 @@ fn index(text: &str) -> Index {
 fn apply(index: &mut Index, text: &str) -> Vec<String> {
     let change = |d| match d {
         Ok(document) => Change::Apply(document),
-        Err(objects::BadDocument { key: Some(key), generation, message, .. }) => {
-            Change::Bad { key, generation, message }
+        Err(objects::BadDocument { key: Some(key), generation, message, target_refs, .. }) => {
+            Change::Bad { key, generation, message, target_refs }
         }
         Err(bad) => panic!("{bad:?}"),
     };
@@ -235,4 +235,13 @@ fn ranges_and_trust_domain() {
         apply(&mut index, mesh)[0]
             .contains("spec.trustDomain: other is not this mesh's trust domain cluster.local")
     );
+}
+
+#[test]
+fn a_mesh_config_says_what_has_no_effect_yet() {
+    let mesh = "apiVersion: weft.mesh/v1alpha1\nkind: MeshConfig\nmetadata: {name: default}\nspec: {telemetry: {accessLog: All}}";
+    let output = index(mesh).build();
+    let accepted = &report(&output, Kind::MeshConfig, "default").accepted;
+    assert!(accepted.ok && accepted.message.contains("have no effect in this version"), "{accepted:?}");
+    assert!(accepted.message.ends_with("this object sets spec.telemetry.accessLog"), "{accepted:?}");
 }

@@ -19,10 +19,14 @@ use tokio::{
     sync::mpsc,
     time::{MissedTickBehavior, interval, sleep},
 };
+use weft_api::authorization::TargetRef;
 use weft_runtime::DrainWatcher;
 
 use super::{Batch, Change, Source};
-use crate::objects::{self, Document, ObjectKey};
+use crate::{
+    last_good::Kept,
+    objects::{self, Document, ObjectKey},
+};
 
 /// How long changes are collected before they are read together.
 const DEBOUNCE: Duration = Duration::from_millis(4);
@@ -63,13 +67,13 @@ pub struct DirSource {
 }
 
 impl DirSource {
-    /// Takes a folder.
+    /// Takes a folder, and the last good forms of what an earlier process read there.
     ///
     /// # Errors
     /// When it cannot be read.
-    pub fn new(path: &Path) -> Result<Self, DirError> {
+    pub fn new(path: &Path, kept: Vec<Kept>) -> Result<Self, DirError> {
         fs::read_dir(path).map_err(|source| DirError::Read { path: path.into(), source })?;
-        Ok(Self { folder: Folder::new(path) })
+        Ok(Self { folder: Folder::new(path, kept) })
     }
 }
 
@@ -149,7 +153,7 @@ impl Source for DirSource {
 
 /// Which files are read.
 #[derive(Debug, PartialEq, Eq)]
-enum Touched {
+pub(crate) enum Touched {
     /// Every file.
     All,
     /// Files that changed and have rested since.
@@ -186,6 +190,7 @@ enum Parsed {
     Bad {
         generation: i64,
         message: String,
+        target_refs: Option<Box<[TargetRef]>>,
     },
     /// Not found in the file any more, but the file has unreadable text that may be it.
     Kept,
@@ -193,30 +198,33 @@ enum Parsed {
 
 /// What is known of the folder. Synchronous: tests call it directly.
 #[derive(Debug)]
-struct Folder {
+pub(crate) struct Folder {
     path: PathBuf,
     files: BTreeMap<OsString, File>,
     /// What was last sent of each object: the file and a number for the form.
     sent: BTreeMap<ObjectKey, (Arc<str>, i64, bool)>,
     unreadable: BTreeMap<Arc<str>, String>,
+    /// What an earlier process knew, until the first reading.
+    kept: Vec<Kept>,
     started: bool,
     problem: Option<String>,
 }
 
 impl Folder {
-    fn new(path: &Path) -> Self {
+    pub(crate) fn new(path: &Path, kept: Vec<Kept>) -> Self {
         Self {
             path: path.into(),
             files: BTreeMap::new(),
             sent: BTreeMap::new(),
             unreadable: BTreeMap::new(),
+            kept,
             started: false,
             problem: None,
         }
     }
 
     /// Reads what was touched; `None` where nothing came of it.
-    fn read(&mut self, noticed: Instant, touched: &Touched) -> Option<Batch> {
+    pub(crate) fn read(&mut self, noticed: Instant, touched: &Touched) -> Option<Batch> {
         let listing = match self.list() {
             Ok(listing) => listing,
             Err(error) => {
@@ -230,6 +238,7 @@ impl Folder {
             }
         };
         self.problem = None;
+        let recalled = self.recall(listing.keys());
         self.files.retain(|name, _| listing.contains_key(name));
         for (name, (fingerprint, rested)) in &listing {
             let known = self.files.get(name).is_some_and(|f| f.fingerprint == Some(*fingerprint));
@@ -242,7 +251,28 @@ impl Folder {
                 self.read_file(name, *fingerprint);
             }
         }
-        self.diff(noticed)
+        let mut batch = self.diff(noticed)?;
+        batch.changes.splice(0..0, recalled);
+        Some(batch)
+    }
+
+    /// Before the first reading: what an earlier process knew counts as if this one had read it, so that broken text
+    /// keeps the forms before it, and what went away meanwhile is removed.
+    fn recall<'a>(&mut self, names: impl Iterator<Item = &'a OsString>) -> Vec<(Arc<str>, Change)> {
+        let mut places: BTreeMap<Arc<str>, BTreeMap<ObjectKey, Parsed>> = BTreeMap::new();
+        let mut changes = Vec::new();
+        for Kept { origin, document } in std::mem::take(&mut self.kept) {
+            let form = (Arc::clone(&origin), document.generation, true);
+            self.sent.insert(document.key.clone(), form);
+            places.entry(Arc::clone(&origin)).or_default().insert(document.key.clone(), Parsed::Kept);
+            changes.push((origin, Change::Apply(document)));
+        }
+        for name in names {
+            if let Some(documents) = places.remove(&*name.to_string_lossy()) {
+                self.files.insert(name.clone(), File { fingerprint: None, documents, unreadable: None });
+            }
+        }
+        changes
     }
 
     fn list(&self) -> io::Result<BTreeMap<OsString, (Fingerprint, bool)>> {
@@ -295,13 +325,14 @@ impl Folder {
         for document in documents {
             let (key, parsed) = match document {
                 Ok(document) => (document.key.clone(), Parsed::Good(document)),
-                Err(bad) => match bad.key {
-                    Some(key) => (key, Parsed::Bad { generation: bad.generation, message: bad.message }),
-                    None => {
+                Err(bad) => {
+                    if bad.torn || bad.key.is_none() {
                         complain(format!("the document at line {}: {}", bad.line, bad.message));
-                        continue;
                     }
-                },
+                    let Some(key) = bad.key else { continue };
+                    let (generation, message, target_refs) = (bad.generation, bad.message, bad.target_refs);
+                    (key, Parsed::Bad { generation, message, target_refs })
+                }
             };
             if let Some(second) = file.documents.insert(key.clone(), parsed)
                 && let Parsed::Good(_) | Parsed::Bad { .. } = second
@@ -348,9 +379,11 @@ impl Folder {
                         Parsed::Good(document) => {
                             changes.push((Arc::clone(&place), Change::Apply(document.clone())));
                         }
-                        Parsed::Bad { generation, message } => {
+                        Parsed::Bad { generation, message, target_refs } => {
                             let (key, generation, message) = (key.clone(), *generation, message.clone());
-                            changes.push((Arc::clone(&place), Change::Bad { key, generation, message }));
+                            let target_refs = target_refs.clone();
+                            let change = Change::Bad { key, generation, message, target_refs };
+                            changes.push((Arc::clone(&place), change));
                         }
                         Parsed::Kept => {}
                     }

@@ -5,6 +5,7 @@ use crate::{
     controller::Controller,
     distribution::nodes::Stream,
     index::Index,
+    last_good::LastGood,
     metrics::Metrics,
     objects,
     source::{Batch, Change},
@@ -15,7 +16,8 @@ fn batch(text: &str) -> Batch {
         Ok(document) => ("f.yaml".into(), Change::Apply(document)),
         Err(bad) => {
             let key = bad.key.unwrap();
-            ("f.yaml".into(), Change::Bad { key, generation: bad.generation, message: bad.message })
+            let (generation, message, target_refs) = (bad.generation, bad.message, bad.target_refs);
+            ("f.yaml".into(), Change::Bad { key, generation, message, target_refs })
         }
     });
     Batch { noticed: Instant::now(), changes: changes.collect(), unreadable: BTreeMap::new() }
@@ -32,6 +34,7 @@ fn conditions_follow_acks() {
     let (overview, _) = watch::channel(Arc::new(Overview::default()));
     let mut controller = Controller {
         index: Index::new(weft_core::TrustDomain::new("cluster.local").unwrap()),
+        last_good: LastGood::open(&dir.path().join("last-good")).unwrap().0,
         distribution: Arc::clone(&distribution),
         metrics: Metrics::new(&mut prometheus_client::registry::Registry::default()),
         overview,

@@ -10,7 +10,7 @@ struct Fixture {
 impl Fixture {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let folder = Folder::new(dir.path());
+        let folder = Folder::new(dir.path(), Vec::new());
         Self { dir, folder }
     }
     fn write(&self, name: &str, text: &str) {

@@ -1,0 +1,45 @@
+//! What is said of the MeshConfig.
+
+use weft_api::mesh_config::{ConnectionsBeforeEnrolment, MeshConfigSpec, Telemetry};
+
+const CONNECTIONS: &str = "spec.connectionsBeforeEnrolment";
+const ACCESS_LOG: &str = "spec.telemetry.accessLog";
+const COMPAT: &str = "spec.telemetry.metricsCompat";
+const TRACING: &str = "spec.telemetry.tracing";
+
+/// The fields, set to something else than their default, that are accepted and that nothing follows yet.
+pub(super) fn without_effect(spec: &MeshConfigSpec) -> Vec<&'static str> {
+    let (telemetry, default) = (&spec.telemetry, Telemetry::default());
+    let set = [
+        (CONNECTIONS, spec.connections_before_enrolment != ConnectionsBeforeEnrolment::default()),
+        (ACCESS_LOG, telemetry.access_log != default.access_log),
+        (COMPAT, telemetry.metrics_compat != default.metrics_compat),
+        (TRACING, telemetry.tracing != default.tracing),
+    ];
+    set.into_iter().filter(|(_, set)| *set).map(|(field, _)| field).collect()
+}
+
+/// The message of condition `Accepted`.
+pub(super) fn message(set: &[&'static str]) -> String {
+    let all = format!(
+        "these fields are accepted but have no effect in this version: {CONNECTIONS}, {ACCESS_LOG}, {COMPAT}, {TRACING}"
+    );
+    if set.is_empty() { all } else { format!("{all}; this object sets {}", set.join(", ")) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fields_without_effect_are_named() {
+        let mut spec = MeshConfigSpec::default();
+        assert!(message(&without_effect(&spec)).ends_with("spec.telemetry.tracing"));
+        spec.connections_before_enrolment = ConnectionsBeforeEnrolment::Keep;
+        spec.telemetry.tracing.otlp.endpoint = "http://otel:4317".into();
+        let message = message(&without_effect(&spec));
+        assert!(message.contains("accepted but have no effect"), "{message}");
+        let set = "this object sets spec.connectionsBeforeEnrolment, spec.telemetry.tracing";
+        assert!(message.ends_with(set), "{message}");
+    }
+}
