@@ -14,6 +14,7 @@ use aya::{
 use weft_ebpf_common::codes::program;
 
 pub mod attach;
+pub mod enrolled;
 pub mod netns;
 pub mod packet;
 pub mod tables;

@@ -123,6 +123,17 @@ impl Maps<'_> {
         trie.insert(&Key::new(length, addr(ip)), AddrInfo { subject, flags }, 0).context("CIDRS")
     }
 
+    /// Forgets a range.
+    ///
+    /// # Errors
+    /// It is not described.
+    pub fn forget_range(&mut self, ip: IpAddr, length: u32) -> Result<()> {
+        let length = if ip.is_ipv4() { 96 + length } else { length };
+        let mut trie: LpmTrie<_, Addr, AddrInfo> =
+            LpmTrie::try_from(self.0.map_mut(map::CIDRS).context("no map CIDRS")?)?;
+        trie.remove(&Key::new(length, addr(ip))).context("CIDRS")
+    }
+
     /// A policy row.
     ///
     /// # Errors

@@ -16,65 +16,14 @@ use std::{
 use anyhow::Result;
 use socket2::{Domain, Socket, Type};
 use weft_bpf_tests::{
-    attach::{Attached, attach_cgroup, attach_sk_lookup},
+    enrolled::Enrolled as World,
     netns::Netns,
-    tables::{FAMILIES, Family, Maps, OWN, PEER, addr, own_pod},
+    tables::{FAMILIES, Family, OWN, PEER, addr},
 };
 use weft_ebpf_common::{
-    Pod, SkMeta, VipKey, addr as ranges,
-    codes::{
-        TUNNEL_PORT, config, event, info, kind, listener, map, outcome, pod, proto, reason, stat, verdict,
-    },
+    SkMeta, VipKey, addr as ranges,
+    codes::{TUNNEL_PORT, config, event, info, kind, map, outcome, pod, proto, reason, stat, verdict},
 };
-
-/// An enrolled Pod with the proxy's listeners for outgoing connections.
-struct World {
-    attached: Attached,
-    netns: Netns,
-    out: [TcpListener; 2],
-}
-
-impl World {
-    fn new(flags: u32) -> Self {
-        let netns = Netns::new(&[FAMILIES[0].own, FAMILIES[1].own]).unwrap();
-        let mut attached = attach_cgroup().unwrap();
-        attach_sk_lookup(&mut attached.bpf, &netns).unwrap();
-        let out =
-            netns.run(|| Ok([TcpListener::bind("127.0.0.1:0")?, TcpListener::bind("[::1]:0")?])).unwrap();
-        let port = |listener: &TcpListener| listener.local_addr().unwrap().port();
-        let row = Pod {
-            cookie: netns.cookie(),
-            out_port: port(&out[0]),
-            out_port6: [port(&out[1]); 2],
-            ..own_pod(flags)
-        };
-        let mut world = Self { attached, netns, out };
-        let mut maps = world.maps();
-        maps.set(map::PODS, row.cookie, row).unwrap();
-        for family in &FAMILIES {
-            maps.set(map::POD_ADDRS, addr(family.own), row).unwrap();
-            maps.describe(family.own, OWN, info::ENROLLED | info::LOCAL).unwrap();
-            maps.describe(family.service, 0, info::SERVICE).unwrap();
-        }
-        let (port4, port6) = (row.out_port, row.out_port6[0]);
-        let [out4, out6] = [world.out[0].as_raw_fd(), world.out[1].as_raw_fd()];
-        world.maps().listener(listener::OUT4, port4, &out4).unwrap();
-        world.maps().listener(listener::OUT6, port6, &out6).unwrap();
-        world
-    }
-
-    fn maps(&mut self) -> Maps<'_> {
-        Maps(&mut self.attached.bpf)
-    }
-
-    fn listener(&self, family: &Family) -> &TcpListener {
-        &self.out[usize::from(family.own.is_ipv6())]
-    }
-
-    fn dial(&self, to: SocketAddr) -> std::io::Result<TcpStream> {
-        self.netns.run(|| Ok(TcpStream::connect_timeout(&to, Duration::from_secs(5)))).unwrap()
-    }
-}
 
 fn refused<T>(result: &std::io::Result<T>) -> bool {
     matches!(result, Err(error) if error.kind() == ErrorKind::ConnectionRefused)
@@ -82,7 +31,7 @@ fn refused<T>(result: &std::io::Result<T>) -> bool {
 
 #[test]
 fn a_connect_to_a_service_reaches_the_proxy_and_nobody_notices() {
-    let mut world = World::new(pod::PERMISSIVE);
+    let mut world = World::new(pod::PERMISSIVE).unwrap();
     for family in &FAMILIES {
         let dialled = SocketAddr::new(family.service, 8_080);
         let stream = world.dial(dialled).unwrap();
@@ -111,7 +60,7 @@ fn a_connect_to_a_service_reaches_the_proxy_and_nobody_notices() {
 
 #[test]
 fn a_v4_connect_of_a_v6_socket_is_the_same() {
-    let mut world = World::new(pod::PERMISSIVE);
+    let mut world = World::new(pod::PERMISSIVE).unwrap();
     let IpAddr::V4(service) = FAMILIES[0].service else { unreachable!("the first family is IPv4") };
     let IpAddr::V4(own) = FAMILIES[0].own else { unreachable!("the first family is IPv4") };
     let dialled = SocketAddr::new(service.to_ipv6_mapped().into(), 8_080);
@@ -125,7 +74,7 @@ fn a_v4_connect_of_a_v6_socket_is_the_same() {
 
 #[test]
 fn a_socket_bound_to_the_pods_address_or_to_a_device_is_redirected_too() {
-    let mut world = World::new(pod::PERMISSIVE);
+    let mut world = World::new(pod::PERMISSIVE).unwrap();
     for family in &FAMILIES {
         let dialled = SocketAddr::new(family.service, 8_080);
         for device in [false, true] {
@@ -150,7 +99,7 @@ fn a_socket_bound_to_the_pods_address_or_to_a_device_is_redirected_too() {
 
 #[test]
 fn a_denied_connect_is_refused_at_once() {
-    let mut world = World::new(pod::PERMISSIVE);
+    let mut world = World::new(pod::PERMISSIVE).unwrap();
     world.maps().describe_both(|family| family.peer, PEER, info::POLICED).unwrap();
     world.maps().row(OWN, PEER, 80, proto::TCP, verdict::PROXY).unwrap();
     for family in &FAMILIES {
@@ -176,7 +125,7 @@ fn a_denied_connect_is_refused_at_once() {
 
 #[test]
 fn the_tunnel_port_and_the_redirect_range_are_not_for_applications() {
-    let mut world = World::new(pod::PERMISSIVE);
+    let mut world = World::new(pod::PERMISSIVE).unwrap();
     for family in &FAMILIES {
         assert!(refused(&world.dial(SocketAddr::new(family.service, TUNNEL_PORT))));
     }
@@ -188,7 +137,7 @@ fn the_tunnel_port_and_the_redirect_range_are_not_for_applications() {
 
 #[test]
 fn the_own_addresses_and_loopback_are_left_alone() {
-    let mut world = World::new(pod::STRICT);
+    let mut world = World::new(pod::STRICT).unwrap();
     for family in &FAMILIES {
         let loopback =
             if family.own.is_ipv4() { IpAddr::from([127, 0, 0, 1]) } else { Ipv6Addr::LOCALHOST.into() };
@@ -205,7 +154,7 @@ fn the_own_addresses_and_loopback_are_left_alone() {
 
 #[test]
 fn a_kernel_path_connect_is_marked_and_not_rewritten() {
-    let mut world = World::new(pod::PERMISSIVE);
+    let mut world = World::new(pod::PERMISSIVE).unwrap();
     world.maps().describe_both(|family| family.peer, PEER, info::LOCAL | info::SHORTCUT_OK).unwrap();
     for family in &FAMILIES {
         let meta = world
@@ -226,7 +175,7 @@ fn a_kernel_path_connect_is_marked_and_not_rewritten() {
 
 #[test]
 fn an_unknown_namespace_may_not_call_the_mesh() {
-    let mut world = World::new(pod::PERMISSIVE);
+    let mut world = World::new(pod::PERMISSIVE).unwrap();
     let stranger = Netns::new(&[]).unwrap();
     let dial = |to: IpAddr| {
         stranger
@@ -283,7 +232,7 @@ fn dial_as_proxy(
 
 #[test]
 fn the_application_sees_the_real_client() {
-    let mut world = World::new(pod::STRICT);
+    let mut world = World::new(pod::STRICT).unwrap();
     for family in &FAMILIES {
         for dual_stack in [false, true] {
             let bind = if dual_stack { IpAddr::from(Ipv6Addr::UNSPECIFIED) } else { family.own };
@@ -303,7 +252,7 @@ fn the_application_sees_the_real_client() {
 
 #[test]
 fn a_client_that_is_not_known_is_not_shown_as_loopback() {
-    let mut world = World::new(pod::STRICT);
+    let mut world = World::new(pod::STRICT).unwrap();
     let family = &FAMILIES[0];
     let app = world.netns.run(|| Ok(TcpListener::bind((family.own, 0))?)).unwrap();
     let to = app.local_addr().unwrap();
@@ -316,7 +265,7 @@ fn a_client_that_is_not_known_is_not_shown_as_loopback() {
 #[test]
 fn without_a_listener_closed_refuses_and_open_lets_pass() {
     for (flags, closed) in [(pod::PERMISSIVE, true), (pod::PERMISSIVE | pod::FAIL_OPEN, false)] {
-        let mut world = World::new(flags);
+        let mut world = World::new(flags).unwrap();
         // The proxy is gone: its sockets are closed, and the kernel empties the slots.
         world.out = [TcpListener::bind("127.0.0.1:0").unwrap(), TcpListener::bind("[::1]:0").unwrap()];
         for family in &FAMILIES {
@@ -329,7 +278,7 @@ fn without_a_listener_closed_refuses_and_open_lets_pass() {
 
 #[test]
 fn a_reconnect_forgets_what_was_dialled_before() {
-    let mut world = World::new(pod::PERMISSIVE);
+    let mut world = World::new(pod::PERMISSIVE).unwrap();
     for family in &FAMILIES {
         let app = world.netns.run(|| Ok(TcpListener::bind((family.own, 0))?)).unwrap();
         let stream = world.dial(SocketAddr::new(family.service, 80)).unwrap();
