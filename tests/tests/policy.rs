@@ -106,7 +106,11 @@ fn an_address_that_is_used_again_has_no_rights_of_its_former_owner() {
 #[test]
 fn a_bad_object_is_reported_and_the_others_go_on() {
     let lab = lab();
-    let bad = DENY_CLIENT.replace("action: DENY", "action: REFUSE").replace("no-client", "typo");
+    // A policy that was never good denies to the Pods that it selects: what it would allow is not known.
+    let bad = DENY_CLIENT
+        .replace("action: DENY", "action: REFUSE")
+        .replace("no-client", "typo")
+        .replace("selector: {}", "selector: {matchLabels: {app: echo}}");
     lab.source().write("typo", &bad).unwrap();
     wait::until(Duration::from_secs(5), "the report", || {
         let (accepted, message) = lab.condition("AuthorizationPolicy", "shop", "typo", "Accepted")?;
@@ -117,5 +121,12 @@ fn a_bad_object_is_reported_and_the_others_go_on() {
     let web = calls::vip(&lab, "shop/web", 80).unwrap();
     let answer = calls::http(&lab, "client", &web, &[]).unwrap();
     assert_eq!(calls::number(&answer, "/statuses/200"), 1, "{answer}");
+    let echo = at(&lab, "echo", 7000, false);
+    wait::until(Duration::from_secs(5), "the denial", || {
+        let answer = lab.app("client", &["dial", "--to", &echo])?;
+        ensure!(answer["error"] == "ConnectionRefused", "{answer}");
+        Ok(())
+    })
+    .unwrap();
     lab.apply_example("canary").context("the next object is taken").unwrap();
 }

@@ -144,7 +144,8 @@ pub(crate) fn build_ebpf() -> Outcome {
     {
         cargo.env(format!("CARGO_PROFILE_RELEASE_{name}"), value);
     }
-    cargo.env_remove("RUSTFLAGS");
+    // Incremental builds split the code differently, and the verifier counts what results.
+    cargo.env("CARGO_INCREMENTAL", "0").env_remove("RUSTFLAGS");
     sh::run(&mut cargo)?;
     let built = target.join("bpfel-unknown-none/release/weft-ebpf");
     let object = sh::root().join("target/bpf/weft.bpf.o");

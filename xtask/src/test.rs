@@ -109,24 +109,29 @@ fn run_tier(tier: u8, tally: &mut Tally) -> Outcome {
             ]);
             libtest(&mut cargo, tally)
         }
-        2 => bpf_tests(&["abi", "verifier"], tally),
-        3 => bpf_tests(&["test_run", "property"], tally),
-        4 => bpf_tests(&["attach"], tally),
+        2..=4 => bpf_tests(tier, tally),
         _ => two_nodes(tally),
     }
 }
 
-/// The files of bpf-tests whose names begin with one of `kinds`.
-fn bpf_tests(kinds: &[&str], tally: &mut Tally) -> Outcome {
+/// Files of bpf-tests that tier 2 runs, and tier 3; every other one attaches to real hooks and is tier 4.
+const VERIFIER: [&str; 2] = ["abi", "verifier"];
+const TEST_RUNS: [&str; 3] = ["property", "tc", "test_run"];
+
+fn bpf_tests(tier: u8, tally: &mut Tally) -> Outcome {
     bpf::build_ebpf()?;
-    let tests = executables("weft-bpf-tests", false)?;
-    let fits = |name: &str| kinds.iter().any(|kind| name.starts_with(kind));
-    let known = ["abi", "verifier", "test_run", "property", "attach"];
-    // A file of a kind that nobody knows must not be left out in silence: it counts as real attach.
-    let stray = |name: &str| kinds == ["attach"] && !known.iter().any(|kind| name.starts_with(kind));
-    let chosen: Vec<_> = tests.into_iter().filter(|(name, _)| fits(name) || stray(name)).collect();
+    let of = |name: &str| match name {
+        name if VERIFIER.contains(&name) => 2,
+        name if TEST_RUNS.contains(&name) => 3,
+        _ => 4,
+    };
+    let mut chosen = executables("weft-bpf-tests", false)?;
+    chosen.retain(|(name, _)| of(name) == tier);
+    if tier == 4 {
+        chosen.extend(executables("weft-agent", false)?);
+    }
     if chosen.is_empty() {
-        return failed(format!("bpf-tests has no file for {}", kinds.join(", ")));
+        return failed(format!("bpf-tests has no file for tier {tier}"));
     }
     run_as_root(&chosen, Profile::Dev, tally)
 }
