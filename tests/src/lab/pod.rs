@@ -76,9 +76,10 @@ impl Pod {
                  route add ::/0 via {GATEWAY6} dev eth0 src {v6}\n"
             ),
         )?;
+        // The interface of a Pod that had the address before may outlive it until the agent lets go of its namespace.
         net::ip_batch(
             Some(&node.netns_name),
-            &format!("route add {v4}/32 dev {veth}\nroute add {v6}/128 dev {veth}\n"),
+            &format!("route replace {v4}/32 dev {veth}\nroute replace {v6}/128 dev {veth}\n"),
         )?;
         net::sysctls(
             &self.place.netns,
