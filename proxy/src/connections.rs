@@ -9,7 +9,7 @@ use std::{
         atomic::{AtomicU64, Ordering},
     },
     task::{Context, Poll, ready},
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use parking_lot::Mutex;
@@ -21,6 +21,8 @@ use weft_core::{
 };
 use weft_identity::CredentialReader;
 use weft_runtime::DrainWatcher;
+
+use crate::tunnel::validity::Validity;
 
 /// TCP's protocol number.
 pub const TCP: u8 = 6;
@@ -49,12 +51,16 @@ impl Source {
 /// What a connection's right to live rests on.
 #[derive(Debug, Clone)]
 pub struct Entry {
+    /// The cookie of the application's socket, where it is one of this node's.
+    pub connection: Option<u64>,
     /// The source Pod, where it was known, and the identity that it had.
     pub source: Option<(WorkloadUid, SpiffeId)>,
     /// The destination Pod, where it was known.
     pub destination: Option<WorkloadUid>,
     /// Credentials without which it ends.
     pub credentials: Option<SpiffeId>,
+    /// Until when the peer is proven; the connection ends then.
+    pub validity: Option<Validity>,
     /// What the destination's policy is asked.
     pub judged: Option<Judged>,
 }
@@ -95,6 +101,13 @@ impl Registration {
     pub fn set_opaque(&self, opaque: bool) {
         if let Some(live) = self.registry.live.lock().get_mut(&self.id) {
             live.opaque = opaque;
+        }
+    }
+
+    /// Says until when the peer is proven, known only once the peer is connected to.
+    pub fn set_validity(&self, validity: Option<Validity>) {
+        if let Some(live) = self.registry.live.lock().get_mut(&self.id) {
+            live.entry.validity = validity;
         }
     }
 
@@ -140,7 +153,7 @@ impl Connections {
 
     /// Cuts everything from and to a Pod.
     pub fn cut_pod(&self, uid: &WorkloadUid) -> usize {
-        self.cut_where(|live| {
+        self.cut_where(Reason::Revoked, |live| {
             let source = live.entry.source.as_ref().is_some_and(|(source, _)| source == uid);
             source || live.entry.destination.as_ref() == Some(uid)
         })
@@ -149,7 +162,7 @@ impl Connections {
     /// Cuts what `state` no longer allows.
     pub fn judge_all(&self, state: &MeshState) -> usize {
         let mut known: HashMap<(Judged, WorkloadUid), Option<Outcome>> = HashMap::new();
-        self.cut_where(|live| {
+        self.cut_where(Reason::Revoked, |live| {
             let entry = &live.entry;
             let source_changed = entry
                 .source
@@ -175,10 +188,23 @@ impl Connections {
         })
     }
 
+    /// Cuts the connection of an application of this node whose socket has this cookie.
+    pub fn cut_connection(&self, cookie: u64, reason: Reason) -> usize {
+        self.cut_where(reason, |live| live.entry.connection == Some(cookie))
+    }
+
+    /// Cuts what rests on a peer that is no longer proven at `now`: its certificate has expired, and no later
+    /// handshake showed a newer one.
+    pub fn expire(&self, now: SystemTime) -> usize {
+        self.cut_where(Reason::NoCredentials, |live| {
+            live.entry.validity.as_ref().is_some_and(|v| v.ended(now))
+        })
+    }
+
     /// Cuts what rests on credentials that are gone or expired.
     pub fn check_credentials(&self, credentials: &CredentialReader) -> usize {
         let mut held: HashMap<SpiffeId, bool> = HashMap::new();
-        self.cut_where(|live| {
+        self.cut_where(Reason::Revoked, |live| {
             live.entry.credentials.as_ref().is_some_and(|id| {
                 !*held.entry(id.clone()).or_insert_with(|| credentials.current(id).is_some())
             })
@@ -205,7 +231,9 @@ impl Connections {
                     let now = state.borrow_and_update().clone();
                     self.judge_all(&now)
                 }
-                _ = tick.tick() => self.check_credentials(&credentials),
+                _ = tick.tick() => {
+                    self.check_credentials(&credentials) + self.expire(SystemTime::now())
+                }
                 () = drain.drained(), if !drained => {
                     drained = true;
                     0
@@ -217,13 +245,13 @@ impl Connections {
         }
     }
 
-    fn cut_where(&self, mut unwanted: impl FnMut(&Live) -> bool) -> usize {
+    fn cut_where(&self, reason: Reason, mut unwanted: impl FnMut(&Live) -> bool) -> usize {
         let mut live = self.live.lock();
         let ids: Vec<u64> = live.iter().filter(|(_, l)| unwanted(l)).map(|(id, _)| *id).collect();
         for id in &ids {
             if let Some(gone) = live.remove(id) {
                 // The connection may have ended by itself meanwhile.
-                let _ = gone.cancel.send(Reason::Revoked);
+                let _ = gone.cancel.send(reason);
             }
         }
         ids.len()

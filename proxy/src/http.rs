@@ -3,6 +3,8 @@
 //! One rule holds everywhere: a request is judged on exactly what is forwarded. What two parsers could read in two
 //! ways is refused, the path is normalised once, and headers that end at a hop are taken away before judging.
 
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod h1;
 mod h2;
 mod message;

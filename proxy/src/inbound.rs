@@ -19,6 +19,7 @@ use crate::{
     proxy::Shared,
     record::{self, Session},
     socket::{self, Cut, Socket},
+    tunnel::validity::Validity,
     upstream::OpenConnection,
 };
 
@@ -45,6 +46,8 @@ pub struct Arrival {
     pub tls: Tls,
     /// Our own credentials that it came in under.
     pub credentials: Option<SpiffeId>,
+    /// Until when the caller is proven.
+    pub validity: Option<Validity>,
 }
 
 impl Arrival {
@@ -111,9 +114,12 @@ pub async fn admit(shared: &Arc<Shared>, pod: &Arc<Pod>, arrival: Arrival) -> Re
     let traffic = Arc::new(Traffic::new(pair.sent.clone(), pair.received.clone()));
     let mut session = new_session(shared, &arrival, &destination, traffic.clone());
     let registration = shared.connections.register(Entry {
+        // A cookie of another node's socket means nothing here, and on this node the source has registered it.
+        connection: None,
         source: arrival.workload.as_ref().map(|w| (w.uid.clone(), w.identity.clone())),
         destination: Some(pod.uid.clone()),
         credentials: arrival.credentials.clone(),
+        validity: arrival.validity.clone(),
         judged: Some(Judged { source: arrival.source.clone(), port: arrival.destination.port() }),
     });
     let decision = judge(shared, pod, &arrival, &registration);

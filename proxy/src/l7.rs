@@ -5,7 +5,7 @@ use std::{
     future::Future,
     net::SocketAddr,
     sync::Arc,
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use tokio::{
@@ -19,12 +19,18 @@ use weft_core::{
     route::HeaderChanges,
 };
 
-use crate::balance::Lease;
+use crate::{balance::Lease, socket::Cut};
 
-/// A byte stream in either direction.
-pub trait Io: AsyncRead + AsyncWrite + Send + Unpin + 'static {}
+/// A connection that HTTP is spoken on.
+pub trait Io: AsyncRead + AsyncWrite + Send + Unpin + 'static {
+    /// Decides whether its drop is a failure for the other side, or an end.
+    fn cut(&self) -> Cut;
 
-impl<T: AsyncRead + AsyncWrite + Send + Unpin + 'static> Io for T {}
+    /// From when on it takes no further requests, because it will soon be cut.
+    fn retires(&self) -> Option<Instant> {
+        None
+    }
+}
 
 /// What HTTP serving asks of the outbound side; one handler per connection of an application.
 pub trait OutboundHandler: Send + Sync + 'static {

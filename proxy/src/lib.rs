@@ -11,6 +11,7 @@ pub mod inbound;
 pub mod l7;
 pub mod metrics;
 pub mod outbound;
+pub mod pipe;
 pub mod platform;
 pub mod pod;
 pub mod proxy;

@@ -219,10 +219,14 @@ pub struct Metrics {
     cap: usize,
     /// Tunnel connections that this node opened and that are open.
     pub tunnels: Arc<AtomicUsize>,
+    /// How often a pair was asked for beyond those that are told apart.
+    pub overflowed: Counter,
     /// Connections that came without an original destination.
     pub original_dst_missing: Counter,
-    /// Connections whose identities did not agree.
-    pub identity_mismatch: Counter,
+    /// Tunnels and CONNECTs refused because of the identity that the peer has proven.
+    pub peer_mismatches: Counter,
+    /// Outbound connections refused because of the identity that the kernel knows the client by.
+    pub client_mismatches: Counter,
     /// Connections that the proxy would have made to itself.
     pub loops: Counter,
     /// Accepts that failed.
@@ -268,13 +272,21 @@ impl Metrics {
             counter
         };
         let metrics = Self {
+            overflowed: counter(
+                "weft_metric_pairs_overflowed",
+                "Connections and requests counted under workload=overflow because there are too many pairs",
+            ),
             original_dst_missing: counter(
                 "weft_original_dst_missing",
                 "Outbound connections closed because the kernel did not steer them here",
             ),
-            identity_mismatch: counter(
-                "weft_identity_mismatch",
-                "Connections whose identities did not agree",
+            peer_mismatches: counter(
+                "weft_peer_identity_mismatches",
+                "Tunnels and CONNECTs refused because the peer has proven another identity than the Pod there has",
+            ),
+            client_mismatches: counter(
+                "weft_client_identity_mismatches",
+                "Outbound connections refused because the kernel knows the client by another identity than the proxy",
             ),
             loops: counter(
                 "weft_proxy_loops",
@@ -309,6 +321,7 @@ impl Metrics {
             return pair.clone();
         }
         if pairs.len() >= self.cap {
+            self.overflowed.inc();
             key = (reported, Side::overflow(), Side::overflow());
         }
         let made = || Arc::new(self.make(&key));

@@ -7,7 +7,7 @@ use std::{
 
 use tokio::net::TcpStream;
 use weft_core::{
-    NamespacedName, Workload,
+    NamespacedName, SubjectId, Workload,
     flow::{Reason, Reporter},
 };
 
@@ -15,7 +15,7 @@ use crate::{
     balance::Lease,
     connections::{Entry, Registration},
     copy::{self, CopyError, Traffic},
-    l7::{ConnectError, Target},
+    l7::{ConnectError, Io, Target},
     metrics::{Pair, Reported, Side},
     platform::OriginalDst,
     pod::Pod,
@@ -128,7 +128,7 @@ impl Outbound {
         }
         let kernel = state.workload_of(self.original.subject);
         if kernel.is_some_and(|w| w.identity != self.source.identity) {
-            self.shared.metrics.identity_mismatch.inc();
+            self.shared.metrics.client_mismatches.inc();
             return Some(Reason::IdentityMismatch);
         }
         None
@@ -159,15 +159,21 @@ impl Outbound {
             Some(target) => target.service.clone(),
             None => state.frontend(dialled).map(|(service, port)| (service.name.clone(), port.port)),
         };
+        if target.is_none() && base.service.is_some() {
+            // It is no Pod's, and not the world's either.
+            base.destination.subject = SubjectId::UNKNOWN;
+        }
         (traffic.clone(), pair, Session::new(self.shared.flows.clone(), base, traffic))
     }
 
     fn register(&self, destination: Option<&Workload>) -> Registration {
         let tunnelled = destination.is_some_and(|w| w.mode.enrolled());
         self.shared.connections.register(Entry {
+            connection: Some(self.original.connection),
             source: Some((self.source.uid.clone(), self.source.identity.clone())),
             destination: destination.map(|w| w.uid.clone()),
             credentials: tunnelled.then(|| self.source.identity.clone()),
+            validity: None,
             judged: None,
         })
     }
@@ -187,8 +193,9 @@ impl Outbound {
         app.cut().set(false);
         let cut = app.cut();
         let (_, _, mut session) = self.session(None);
-        session.opened();
+        // Before anybody hears of the connection: what they hear may make them cut it.
         let mut registration = self.register(None);
+        session.opened();
         let handler =
             Arc::new(http::HttpOutbound::new(self.dialler(), service, port, session.record.clone()));
         let (limits, drain) = (self.shared.http_limits(), self.shared.drain.clone());
@@ -233,6 +240,7 @@ impl Outbound {
         };
         match connected {
             Ok(upstream) => {
+                registration.set_validity(upstream.validity());
                 session.record.tls = upstream.tls.clone();
                 // Whoever answered a tunnel, or was reached on this node, has proven its identity.
                 if upstream.tls != weft_core::flow::Tls::None {
@@ -253,7 +261,8 @@ impl Outbound {
     async fn copy(&self, app: &mut Socket, reached: Reached) {
         let Reached { mut upstream, mut session, mut registration, traffic, _lease } = reached;
         session.opened();
-        upstream.reset_on_drop(true);
+        let upstream_cut = upstream.cut();
+        upstream_cut.set(true);
         let copied = tokio::select! {
             copied = copy::both(app, &mut upstream, &traffic, self.shared.config.idle_timeout) => copied,
             reason = registration.cut() => return session.fail(reason),
@@ -261,7 +270,7 @@ impl Outbound {
         match copied {
             Ok(()) => {
                 app.cut().set(false);
-                upstream.reset_on_drop(false);
+                upstream_cut.set(false);
             }
             Err(error) => {
                 session.fail(if matches!(error, CopyError::Idle(_)) {

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use tokio::sync::{Semaphore, watch};
 use weft_core::WorkloadUid;
+use weft_identity::CredentialReader;
 
 use crate::{ProxyConfig, balance::Balancer, metrics::Metrics, platform::PodNet, tunnel::client::Pool};
 
@@ -36,11 +37,12 @@ impl Pod {
         ports: Vec<u16>,
         config: &ProxyConfig,
         metrics: &Metrics,
+        credentials: CredentialReader,
         tasks: weft_runtime::Tasks,
     ) -> Self {
         Self {
             uid,
-            pool: Pool::new(net.clone(), config.tunnel, tasks, metrics.tunnels.clone()),
+            pool: Pool::new(net.clone(), config.tunnel, tasks, credentials, metrics.tunnels.clone()),
             net,
             balancer: Balancer::default(),
             outbound: Arc::new(Semaphore::new(config.outbound_limit)),

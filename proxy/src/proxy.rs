@@ -1,15 +1,18 @@
 //! The proxy: its Pods, and their accept loops.
 
-use std::{collections::HashMap, io, sync::Arc};
+use std::{collections::HashMap, io, net::IpAddr, sync::Arc};
 
 use parking_lot::RwLock;
 use prometheus_client::registry::Registry;
 use tokio::sync::watch;
-use weft_core::{MeshState, WorkloadUid, flow::FlowSink};
+use weft_core::{MeshState, SpiffeId, WorkloadUid, flow::FlowSink};
 use weft_identity::CredentialReader;
 use weft_runtime::{DrainWatcher, Tasks};
 
-use crate::{ProxyConfig, accept, connections::Connections, metrics::Metrics, platform::PodHandle, pod::Pod};
+use crate::{
+    ProxyConfig, accept, connections::Connections, metrics::Metrics, platform::PodHandle, pod::Pod,
+    tunnel::validity::Validities,
+};
 
 /// What all parts of the proxy share.
 pub struct Shared {
@@ -27,6 +30,8 @@ pub struct Shared {
     pub drain: DrainWatcher,
     /// Live connections.
     pub connections: Connections,
+    /// Until when those are proven who opened tunnels to a Pod here: by Pod, their identity and their address.
+    pub proven: Validities<(WorkloadUid, SpiffeId, IpAddr)>,
     state: watch::Receiver<Arc<MeshState>>,
     pods: RwLock<HashMap<WorkloadUid, Arc<Pod>>>,
 }
@@ -97,6 +102,7 @@ impl Proxy {
             tasks,
             drain,
             connections: Connections::default(),
+            proven: Validities::default(),
             state: state.clone(),
             pods: RwLock::default(),
         });
@@ -131,6 +137,7 @@ impl Proxy {
             ports,
             &shared.config,
             &shared.metrics,
+            shared.credentials.clone(),
             shared.tasks.clone(),
         );
         let pod = Arc::new(pod);
@@ -148,6 +155,11 @@ impl Proxy {
         if let Some(pod) = removed {
             pod.close();
         }
+    }
+
+    /// The registry of live connections, for others who learn that one must end.
+    pub fn registry(&self) -> Connections {
+        self.shared.connections.clone()
     }
 
     /// Live connections, each side of a same-node connection counted.

@@ -17,6 +17,8 @@ use tokio::{
     net::TcpStream,
 };
 
+use crate::l7::Io;
+
 /// Sets what every data socket gets: no delay, and keepalive so that a peer that vanished is noticed.
 pub fn tune(socket: &TcpStream) {
     let keepalive = TcpKeepalive::new()
@@ -37,6 +39,11 @@ impl Cut {
     /// Whether dropping the socket resets the connection.
     pub fn set(&self, reset: bool) {
         self.0.store(reset, Ordering::Release);
+    }
+
+    /// What was set.
+    pub fn is_set(&self) -> bool {
+        self.0.load(Ordering::Acquire)
     }
 }
 
@@ -67,11 +74,17 @@ impl Socket {
 
 impl Drop for Socket {
     fn drop(&mut self) {
-        if self.cut.0.load(Ordering::Acquire)
+        if self.cut.is_set()
             && let Err(error) = self.stream.set_zero_linger()
         {
             tracing::debug!(%error, "a connection closes without a reset");
         }
+    }
+}
+
+impl Io for Socket {
+    fn cut(&self) -> Cut {
+        self.cut.clone()
     }
 }
 

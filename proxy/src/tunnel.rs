@@ -3,14 +3,21 @@
 //! This is the boundary behind which the framing may change: the rest of the proxy sees byte streams, a
 //! [`ConnectRequest`] with what the source says of itself, and typed refusals; no HTTP/2 type leaves this module.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
+};
 
+use rustls_pki_types::CertificateDer;
 use weft_core::flow::Tls;
+use x509_parser::{certificate::X509Certificate, prelude::FromDer};
 
 pub mod client;
 pub mod headers;
 pub mod server;
 mod stream;
+pub mod validity;
 
 pub use headers::{ConnectRequest, SourceInfo};
 pub use stream::Stream;
@@ -66,6 +73,41 @@ pub struct Session {
     pub peer: SocketAddr,
     /// The negotiated protection.
     pub tls: Tls,
+    /// When the certificate that the peer showed ends.
+    pub expires: SystemTime,
+    /// Until when the peer is proven, later handshakes of the same ends included. The connection ends with it.
+    pub validity: validity::Validity,
+}
+
+impl Session {
+    /// When the connection takes no more streams, seen from its handshake at `now`: early enough that what begins
+    /// on it ends by itself, as a rule, before the certificate does.
+    fn retires(&self, now: SystemTime) -> Instant {
+        let left = self.expires.duration_since(now).unwrap_or_default();
+        Instant::now() + left * 3 / 4
+    }
+}
+
+/// How long the streams of a connection whose peer's certificate ended may take to be cut with that reason, before
+/// the connection ends under them.
+const PARTING: Duration = Duration::from_secs(1);
+/// How often the clock on the wall is looked at: it may be set, and it goes on while the machine sleeps.
+const CLOCK: Duration = Duration::from_secs(10);
+
+/// Ends when `at` has passed.
+async fn passed(at: SystemTime) {
+    while let Ok(left) = at.duration_since(SystemTime::now())
+        && !left.is_zero()
+    {
+        tokio::time::sleep(left.min(CLOCK)).await;
+    }
+}
+
+/// When the leaf of a chain ends; `None` where it cannot be read.
+fn expiry(chain: Option<&[CertificateDer<'_>]>) -> Option<SystemTime> {
+    let (_, leaf) = X509Certificate::from_der(chain?.first()?).ok()?;
+    let seconds = u64::try_from(leaf.validity().not_after.timestamp()).ok()?;
+    SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(seconds))
 }
 
 /// What rustls negotiated.
@@ -77,14 +119,20 @@ fn negotiated(connection: &rustls::CommonState) -> Tls {
     }
 }
 
-/// Pings the peer; ends when it stopped to answer.
-async fn keep_alive(mut pings: Option<h2::PingPong>, times: Times) {
+/// Pings the peer, from the start; tells of its first answer, and ends when it stopped to answer.
+async fn keep_alive(mut pings: Option<h2::PingPong>, times: Times, answered: impl FnOnce()) {
+    let mut answered = Some(answered);
     loop {
-        tokio::time::sleep(times.ping_interval).await;
-        let Some(pings) = &mut pings else { continue };
-        match tokio::time::timeout(times.ping_timeout, pings.ping(h2::Ping::opaque())).await {
-            Ok(Ok(_)) => {}
-            Ok(Err(_)) | Err(_) => return,
+        if let Some(pings) = &mut pings {
+            match tokio::time::timeout(times.ping_timeout, pings.ping(h2::Ping::opaque())).await {
+                Ok(Ok(_)) => {
+                    if let Some(tell) = answered.take() {
+                        tell();
+                    }
+                }
+                Ok(Err(_)) | Err(_) => return,
+            }
         }
+        tokio::time::sleep(times.ping_interval).await;
     }
 }

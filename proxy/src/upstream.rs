@@ -5,12 +5,20 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
+    time::Instant,
 };
 
-use tokio::io::{AsyncRead, AsyncWrite, DuplexStream, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use weft_core::flow::Tls;
 
-use crate::{inbound::Opened, metrics::Pair, socket::Socket, tunnel};
+use crate::{
+    inbound::Opened,
+    l7::Io,
+    metrics::Pair,
+    pipe::Pipe,
+    socket::{Cut, Socket},
+    tunnel::{self, validity::Validity},
+};
 
 /// Counts a connection as open until dropped.
 pub struct OpenConnection(Arc<Pair>);
@@ -38,7 +46,7 @@ pub enum Way {
     /// Straight into a Pod of this node.
     Local(Box<Opened>),
     /// To a Pod of this node whose requests are judged one by one.
-    Judged(DuplexStream),
+    Judged(Pipe),
 }
 
 /// A connection towards a destination.
@@ -55,13 +63,29 @@ impl Upstream {
         Self { way, tls, _open: OpenConnection::new(pair) }
     }
 
-    /// Whether dropping it makes the destination see a failure (true) or an end. A tunnel that did not end both
-    /// ways is always reset.
-    pub fn reset_on_drop(&mut self, reset: bool) {
-        match &mut self.way {
-            Way::Plain(socket) => socket.cut().set(reset),
-            Way::Local(opened) => opened.cut.set(reset),
-            Way::Tunnel(_) | Way::Judged(_) => {}
+    /// Until when the peer that a tunnel leads to is proven; the tunnel ends then.
+    pub fn validity(&self) -> Option<Validity> {
+        match &self.way {
+            Way::Tunnel(stream) => stream.validity(),
+            Way::Plain(_) | Way::Local(_) | Way::Judged(_) => None,
+        }
+    }
+}
+
+impl Io for Upstream {
+    fn cut(&self) -> Cut {
+        match &self.way {
+            Way::Plain(socket) => socket.cut(),
+            Way::Tunnel(stream) => stream.cut(),
+            Way::Local(opened) => opened.cut.clone(),
+            Way::Judged(pipe) => pipe.cut(),
+        }
+    }
+
+    fn retires(&self) -> Option<Instant> {
+        match &self.way {
+            Way::Tunnel(stream) => stream.retires(),
+            Way::Plain(_) | Way::Local(_) | Way::Judged(_) => None,
         }
     }
 }

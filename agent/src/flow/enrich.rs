@@ -3,19 +3,24 @@
 use std::{
     collections::{HashMap, VecDeque},
     net::SocketAddr,
-    sync::Arc,
+    sync::{Arc, OnceLock},
     time::{Duration, Instant, SystemTime},
 };
 
 use parking_lot::Mutex;
 use prometheus_client::{metrics::counter::Counter, registry::Registry};
-use tokio::sync::watch;
+use tokio::{io::AsyncWrite, sync::watch};
 use weft_core::{
     MeshState, NamespacedName, SpiffeId, SubjectId, Workload,
     flow::{FlowRecord, FlowSink, Peer, Reason, Reporter, Tls, Verdict},
 };
+use weft_proxy::connections::Connections;
+use weft_runtime::{DrainWatcher, Tasks};
 
-use super::store::{FlowStore, StoredFlow};
+use super::{
+    access::{AccessLog, Format},
+    store::{FlowStore, StoredFlow},
+};
 
 /// Connections remembered for joining; the oldest make room.
 const MAX_CONNECTIONS: usize = 16_384;
@@ -67,6 +72,7 @@ struct Counters {
     joined: Counter,
     mismatches: Counter,
     unjoined: Counter,
+    unlogged: Counter,
 }
 
 #[derive(Debug, Default)]
@@ -85,12 +91,20 @@ struct Join {
 }
 
 /// Takes kernel events and proxy records, and puts joined flows into the store.
-#[derive(Debug)]
 pub struct Enricher {
     store: FlowStore,
     state: watch::Receiver<Arc<MeshState>>,
     join: Mutex<Join>,
     counters: Counters,
+    /// Where a connection is closed whose identities do not agree.
+    live: OnceLock<Connections>,
+    log: OnceLock<AccessLog>,
+}
+
+impl std::fmt::Debug for Enricher {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Enricher").field("counters", &self.counters).finish_non_exhaustive()
+    }
 }
 
 impl Enricher {
@@ -108,11 +122,36 @@ impl Enricher {
             counters.unjoined.clone(),
         );
         registry.register(
-            "weft_identity_mismatches",
-            "Connections for which the kernel and the proxy named different identities",
+            "weft_access_log_dropped",
+            "Flows that were not written to the access log because standard output was too slow",
+            counters.unlogged.clone(),
+        );
+        registry.register(
+            "weft_flow_identity_conflicts",
+            "Connections closed because the kernel's event and the proxy's record named different clients",
             counters.mismatches.clone(),
         );
-        Self { store, state, join: Mutex::default(), counters }
+        Self { store, state, join: Mutex::default(), counters, live: OnceLock::new(), log: OnceLock::new() }
+    }
+
+    /// Names the proxy's connections, among which those are closed whose identities do not agree. The proxy is made
+    /// after its flow sink, so this comes later; a second call changes nothing.
+    pub fn close_in(&self, live: Connections) {
+        self.live.get_or_init(|| live);
+    }
+
+    /// Writes the flows that the configuration asks for ([`weft_core::config::AccessLog`]) as lines to standard output,
+    /// until `drain` is complete; as JSON objects with `json`. A second call changes nothing.
+    pub fn log_to_stdout(&self, node: &str, json: bool, tasks: &Tasks, drain: DrainWatcher) {
+        let format = if json { Format::Json { node: node.into() } } else { Format::Text };
+        self.log(format, tokio::io::stdout(), tasks, drain);
+    }
+
+    fn log<W>(&self, format: Format, to: W, tasks: &Tasks, drain: DrainWatcher)
+    where
+        W: AsyncWrite + Send + Unpin + 'static,
+    {
+        self.log.get_or_init(|| AccessLog::start(format, to, self.counters.unlogged.clone(), tasks, drain));
     }
 
     /// The store behind it.
@@ -129,7 +168,7 @@ impl Enricher {
     pub fn kernel(&self, flow: KernelFlow) {
         let state = self.state.borrow().clone();
         if flow.verdict != KernelVerdict::Redirected || flow.connection == 0 {
-            self.store.push(stored(&flow, &state));
+            self.keep(stored(&flow, &state), &state);
             return;
         }
         let identity = state.workload_of(flow.source_subject).map(|w| w.identity.clone());
@@ -170,19 +209,32 @@ impl Enricher {
         }
     }
 
-    fn unjoined(&self, flow: &KernelFlow, state: &MeshState) {
-        self.counters.unjoined.inc();
-        self.store.push(stored(flow, state));
+    fn keep(&self, flow: StoredFlow, state: &MeshState) {
+        let flow = Arc::new(flow);
+        if let (Some(log), Some(config)) = (self.log.get(), state.config()) {
+            log.offer(&flow, config.telemetry.access_log);
+        }
+        self.store.push(flow);
     }
 
-    /// Both sides are known: counts, and says so aloud where they differ.
+    fn unjoined(&self, flow: &KernelFlow, state: &MeshState) {
+        self.counters.unjoined.inc();
+        self.keep(stored(flow, state), state);
+    }
+
+    /// Both sides are known: counts, and where they differ says so aloud and closes the connection.
     fn compare(&self, connection: u64, kernel: Option<&SpiffeId>, proxy: Option<&SpiffeId>) {
         self.counters.joined.inc();
         if let (Some(kernel), Some(proxy)) = (kernel, proxy)
             && kernel != proxy
         {
             self.counters.mismatches.inc();
-            tracing::error!(connection, %kernel, %proxy, "the kernel and the proxy name different clients");
+            let closed =
+                self.live.get().map_or(0, |l| l.cut_connection(connection, Reason::IdentityMismatch));
+            tracing::error!(
+                connection, %kernel, %proxy, closed,
+                "the kernel and the proxy name different clients: the connection is closed"
+            );
         }
     }
 }
@@ -206,7 +258,7 @@ impl FlowSink for Enricher {
         let destination = named(&record.destination, &state);
         complete(&mut record.source, source.as_deref());
         complete(&mut record.destination, destination.as_deref());
-        self.store.push(StoredFlow { record, source, destination, redirected: false, cgroup });
+        self.keep(StoredFlow { record, source, destination, redirected: false, cgroup }, &state);
     }
 }
 

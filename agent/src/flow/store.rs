@@ -121,12 +121,13 @@ impl FlowStore {
     }
 
     /// Puts a flow in.
-    pub fn push(&self, flow: StoredFlow) {
+    pub fn push(&self, flow: impl Into<Arc<StoredFlow>>) {
+        let flow = flow.into();
         let written = {
             let mut ring = self.shared.ring.lock();
             ring.seen += 1;
             ring.held += 1;
-            ring.put(Entry::Flow(Arc::new(flow)))
+            ring.put(Entry::Flow(flow))
         };
         self.shared.written.send_replace(written);
     }

@@ -56,6 +56,8 @@ pub(crate) async fn serve<S: Service, I: Io>(
             }
         };
         first = false;
+        // Whoever drops this connection from here on leaves an answer without its end.
+        client.cut.set(true);
         let mut record = Record::new(service.clone(), PROTOCOL);
         let keep = match RequestHead::parse(&raw) {
             Ok(head) => request(&context, &mut client, &mut pool, &head, &mut record).await,
@@ -64,6 +66,7 @@ pub(crate) async fn serve<S: Service, I: Io>(
                 false
             }
         };
+        client.cut.set(client.writer.torn);
         if !keep {
             break;
         }

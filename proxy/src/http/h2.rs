@@ -4,8 +4,13 @@ mod pool;
 pub(super) mod pump;
 mod request;
 mod stream;
+mod watch;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    collections::{HashSet, VecDeque},
+    sync::Arc,
+    time::Duration,
+};
 
 use bytes::Bytes;
 use futures_util::{StreamExt, stream::FuturesUnordered};
@@ -13,7 +18,7 @@ use tokio::time::Instant;
 use weft_core::flow::Reason;
 use weft_runtime::drain::DrainWatcher;
 
-use self::{pool::Pool, stream::Outcome};
+use self::{pool::Pool, stream::Outcome, watch::Watch};
 use super::{Limits, record::Record, service::Service};
 use crate::l7::Io;
 
@@ -37,16 +42,19 @@ pub(crate) async fn serve<S: Service, I: Io>(io: I, service: &Arc<S>, limits: &L
         .max_send_buffer_size(SEND_BUFFER)
         .max_header_list_size(HEADER_LIST)
         .max_concurrent_streams(limits.max_streams);
-    let handshake = builder.handshake::<I, Bytes>(io);
-    let Ok(Ok(mut conn)) = tokio::time::timeout(limits.head_timeout, handshake).await else {
-        Record::new(service.clone(), stream::PROTOCOL).failed(Reason::ProtocolError);
-        return;
+    let (io, mut refused) = Watch::new(io);
+    let failed = |reason| Record::new(service.clone(), stream::PROTOCOL).failed(reason);
+    let mut conn = match tokio::time::timeout(limits.head_timeout, builder.handshake::<_, Bytes>(io)).await {
+        Ok(Ok(conn)) => conn,
+        Ok(Err(_)) => return failed(Reason::ProtocolError),
+        Err(_) => return failed(Reason::Timeout),
     };
     let (pool, mut opened) = Pool::new(service.clone());
     let pool = Arc::new(pool);
     let mut streams = FuturesUnordered::new();
     let mut drivers = FuturesUnordered::new();
     let mut resets = Resets { since: Instant::now(), count: 0 };
+    let mut known = Known::default();
     let mut closing = false;
     let mut quiet_since = Instant::now();
     loop {
@@ -54,13 +62,29 @@ pub(crate) async fn serve<S: Service, I: Io>(io: I, service: &Arc<S>, limits: &L
         tokio::select! {
             accepted = conn.accept() => match accepted {
                 Some(Ok((request, respond))) => {
-                    streams.push(stream::serve(service.clone(), pool.clone(), limits, request, respond));
+                    let id = respond.stream_id().as_u32();
+                    known.live.insert(id);
+                    let serve = stream::serve(service.clone(), pool.clone(), limits, request, respond);
+                    streams.push(async move { (id, serve.await) });
                 }
-                // The connection is over, or so broken that it is.
-                Some(Err(_)) | None => break,
+                // So broken that it is over. What was under way tells of its own end.
+                Some(Err(error)) => {
+                    if let Some(reason) = fault(&error) {
+                        failed(reason);
+                    }
+                    break;
+                }
+                None => break,
             },
-            Some(outcome) = streams.next(), if !streams.is_empty() => {
+            Some((id, code)) = refused.recv() => if !known.contains(id) {
+                failed(refusal(code));
+                if resets.too_many(limits.max_resets) {
+                    conn.abrupt_shutdown(::h2::Reason::ENHANCE_YOUR_CALM);
+                }
+            },
+            Some((id, outcome)) = streams.next(), if !streams.is_empty() => {
                 quiet_since = Instant::now();
+                known.ended(id);
                 if matches!(outcome, Outcome::ResetByCaller) && resets.too_many(limits.max_resets) {
                     tracing::debug!(limit = limits.max_resets, "closing a HTTP/2 connection: too many resets");
                     conn.abrupt_shutdown(::h2::Reason::ENHANCE_YOUR_CALM);
@@ -82,6 +106,11 @@ pub(crate) async fn serve<S: Service, I: Io>(io: I, service: &Arc<S>, limits: &L
     }
     // With the connection gone every stream sees its end at once, and reports it.
     drop(conn);
+    while let Ok((id, code)) = refused.try_recv() {
+        if !known.contains(id) {
+            failed(refusal(code));
+        }
+    }
     let rest = async {
         while !streams.is_empty() {
             tokio::select! {
@@ -93,6 +122,47 @@ pub(crate) async fn serve<S: Service, I: Io>(io: I, service: &Arc<S>, limits: &L
     };
     // What does not end in time is dropped, and reported as cut.
     let _ = tokio::time::timeout(Duration::from_secs(1), rest).await;
+}
+
+/// Why a connection broke, where the caller or we found fault with it; `None` where it only went away.
+fn fault(error: &::h2::Error) -> Option<Reason> {
+    match error.reason() {
+        None | Some(::h2::Reason::NO_ERROR) => None,
+        Some(_) if error.is_remote() => Some(Reason::PeerReset),
+        Some(code) => Some(refusal(code.into())),
+    }
+}
+
+/// What the code of a refusal stands for (RFC 9113 section 7).
+fn refusal(code: u32) -> Reason {
+    match ::h2::Reason::from(code) {
+        ::h2::Reason::REFUSED_STREAM | ::h2::Reason::ENHANCE_YOUR_CALM => Reason::LimitReached,
+        _ => Reason::ProtocolError,
+    }
+}
+
+/// The streams that were accepted here, and so have a record of their own: those under way and the last that ended.
+#[derive(Default)]
+struct Known {
+    live: HashSet<u32>,
+    ended: VecDeque<u32>,
+}
+
+impl Known {
+    /// How many ended streams are remembered: their last frames may still wait to be written.
+    const REMEMBERED: usize = 1024;
+
+    fn contains(&self, id: u32) -> bool {
+        self.live.contains(&id) || self.ended.contains(&id)
+    }
+
+    fn ended(&mut self, id: u32) {
+        self.live.remove(&id);
+        if self.ended.len() >= Self::REMEMBERED {
+            self.ended.pop_front();
+        }
+        self.ended.push_back(id);
+    }
 }
 
 struct Resets {

@@ -9,6 +9,8 @@ use std::{
 use bytes::{Buf, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
+use crate::{l7::Io, socket::Cut};
+
 /// Reads `prefix` first, then the stream.
 #[derive(Debug)]
 pub(crate) struct Rewind<I> {
@@ -19,6 +21,12 @@ pub(crate) struct Rewind<I> {
 impl<I> Rewind<I> {
     pub(crate) fn new(prefix: BytesMut, io: I) -> Self {
         Self { prefix, io }
+    }
+}
+
+impl<I: Io> Io for Rewind<I> {
+    fn cut(&self) -> Cut {
+        self.io.cut()
     }
 }
 

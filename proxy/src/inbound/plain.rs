@@ -14,6 +14,7 @@ use crate::{
     connections::Source,
     l7::ConnectError,
     metrics::Pair,
+    pipe::pipe,
     pod::Pod,
     proxy::Shared,
     socket::{self, Socket},
@@ -46,6 +47,7 @@ pub async fn serve(shared: Arc<Shared>, pod: Arc<Pod>, accepted: TcpStream) {
         destination,
         tls: Tls::None,
         credentials: None,
+        validity: None,
     };
     match admit(&shared, &pod, arrival).await {
         Ok(Admitted::Opaque(mut opened)) => match opaque(&shared, &mut accepted, &mut opened).await {
@@ -86,10 +88,11 @@ pub async fn local(
     match admit(shared, pod, arrival).await? {
         Admitted::Opaque(opened) => Ok(Upstream::new(Way::Local(opened), Tls::Local, pair)),
         Admitted::Http(http) => {
-            let (near, far) = tokio::io::duplex(MEMORY);
+            let (near, far) = pipe(MEMORY);
             let (shared, pod) = (shared.clone(), pod.clone());
             shared.tasks.clone().spawn("local-http", async move {
                 tokio::select! {
+                    biased;
                     () = serve_http(&shared, *http, far) => {}
                     () = pod.closed() => {}
                 }

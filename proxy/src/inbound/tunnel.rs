@@ -1,6 +1,6 @@
 //! Tunnels that other proxies open to a Pod of this node.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{net::SocketAddr, sync::Arc, time::SystemTime};
 
 use http::StatusCode;
 use tokio::net::TcpStream;
@@ -34,7 +34,7 @@ pub async fn serve(shared: Arc<Shared>, pod: Arc<Pod>, socket: TcpStream) {
         return;
     };
     let accepted = Server::accept(socket, credentials.server_config(), shared.config.tunnel).await;
-    let server = match accepted {
+    let mut server = match accepted {
         Ok(server) => server,
         Err(error) => {
             shared.metrics.handshakes_failed.inc();
@@ -50,6 +50,8 @@ pub async fn serve(shared: Arc<Shared>, pod: Arc<Pod>, socket: TcpStream) {
             return;
         }
     };
+    let ends = (pod.uid.clone(), peer.clone(), server.session().peer.ip().to_canonical());
+    server.share(&shared.proven, ends);
     let caller = Caller { session: server.session().clone(), peer, own };
     let serve = |incoming: Incoming| {
         let (shared, pod, caller) = (shared.clone(), pod.clone(), caller.clone());
@@ -81,6 +83,10 @@ struct Caller {
 }
 
 async fn stream(shared: Arc<Shared>, pod: Arc<Pod>, caller: Caller, incoming: Incoming) {
+    if caller.session.validity.ended(SystemTime::now()) {
+        // Nothing of it was done: the peer may ask again, under a new certificate.
+        return incoming.postpone();
+    }
     let problem = check(&shared, &pod, &caller, &incoming);
     if let Some(problem) = problem {
         shared.metrics.malformed.inc();
@@ -90,7 +96,7 @@ async fn stream(shared: Arc<Shared>, pod: Arc<Pod>, caller: Caller, incoming: In
     let workload = match source(&shared, &caller).await {
         Ok(workload) => workload,
         Err(claimed) => {
-            shared.metrics.identity_mismatch.inc();
+            shared.metrics.peer_mismatches.inc();
             mismatch(&shared, &pod, &claimed);
             tracing::warn!(
                 peer = %caller.peer, expected = %claimed.identity, address = %caller.session.peer,
@@ -109,6 +115,7 @@ async fn stream(shared: Arc<Shared>, pod: Arc<Pod>, caller: Caller, incoming: In
         destination: canonical(incoming.request().authority),
         tls: caller.session.tls.clone(),
         credentials: Some(caller.own.clone()),
+        validity: Some(caller.session.validity.clone()),
     };
     match admit(&shared, &pod, arrival).await {
         Ok(admitted) => match incoming.accept() {
@@ -205,12 +212,19 @@ where
     }
 }
 
-/// Serves HTTP until the connection ends or is cut; dropping the stream is the cut.
+/// Serves HTTP until the connection ends or is cut.
 pub(super) async fn serve_http<C: crate::l7::Io>(shared: &Arc<Shared>, mut http: Http, stream: C) {
-    let limits = shared.http_limits();
-    let reason = tokio::select! {
-        () = crate::http::serve_inbound(stream, http.handler.clone(), limits, shared.drain.clone()) => Reason::None,
-        reason = http.registration.cut() => reason,
+    let (limits, cut) = (shared.http_limits(), stream.cut());
+    let reason = {
+        let serving = crate::http::serve_inbound(stream, http.handler.clone(), limits, shared.drain.clone());
+        let mut serving = std::pin::pin!(serving);
+        tokio::select! {
+            () = &mut serving => Reason::None,
+            reason = http.registration.cut() => {
+                cut.set(true);
+                reason
+            }
+        }
     };
     if reason != Reason::None {
         http.session.fail(reason);

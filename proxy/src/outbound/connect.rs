@@ -108,6 +108,7 @@ impl Dialler {
             destination: target.address,
             tls: Tls::Local,
             credentials: None,
+            validity: None,
         };
         plain::local(&self.shared, pod, arrival, self.pair(target)).await
     }
@@ -121,9 +122,9 @@ impl Dialler {
         let key = Key {
             source: self.source.uid.clone(),
             identity: identity.clone(),
+            destination: workload.uid.clone(),
             address: SocketAddr::new(target.address.ip(), self.shared.config.tunnel_port),
             expected: workload.identity.clone(),
-            generation: credentials.generation(),
         };
         let request = ConnectRequest {
             authority: target.address,
@@ -137,11 +138,10 @@ impl Dialler {
                 pod: self.source.name.name.to_string(),
             },
         };
-        let config = credentials.client_config(&workload.identity);
-        let connected = self.pod.pool.connect(&key, &config, &request).await;
+        let connected = self.pod.pool.connect(&key, &credentials, &request).await;
         let (stream, session) = connected.inspect_err(|error| {
             if error.reason == Reason::IdentityMismatch {
-                self.shared.metrics.identity_mismatch.inc();
+                self.shared.metrics.peer_mismatches.inc();
             }
         })?;
         Ok(Upstream::new(Way::Tunnel(stream), session.tls, self.pair(target)))

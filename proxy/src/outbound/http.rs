@@ -13,7 +13,7 @@ use weft_core::{
 
 use super::{connect::Dialler, resolve};
 use crate::{
-    l7::{ConnectError, LocalReply, OutboundHandler, RequestEnd, Routed, Target},
+    l7::{ConnectError, Io, LocalReply, OutboundHandler, RequestEnd, Routed, Target},
     metrics::{Reported, Side},
     record,
     upstream::Upstream,
@@ -104,8 +104,7 @@ impl OutboundHandler for HttpOutbound {
         }
         protection.insert(target.address, upstream.tls.clone());
         drop(protection);
-        let mut upstream = upstream;
-        upstream.reset_on_drop(false);
+        upstream.cut().set(false);
         Ok(upstream)
     }
 

@@ -1,9 +1,6 @@
 //! Bytes: both ways, half-close, resets, and what is recorded of them.
 
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpSocket,
-};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use weft_core::{
     flow::{Reason, Reporter, Tls, Verdict},
     service::AppProtocol,
@@ -167,16 +164,7 @@ async fn plaintext_from_outside_is_judged_by_address() {
             rule.sources = Some(vec![weft_core::policy::Source::Unauthenticated(vec![])]);
             mesh.police(&mut web, weft_core::policy::Action::Allow, vec![rule]);
         }
-        // The application takes the port over once the proxy has its connection, as steering does it.
-        let listener = web.listen().await;
-        let address = listener.local_addr().expect("an address");
-        let mut outside = tokio::net::TcpStream::connect(address).await.expect("connected");
-        let (accepted, _) = listener.accept().await.expect("accepted");
-        drop(listener);
-        let socket = TcpSocket::new_v4().expect("a socket");
-        socket.set_reuseaddr(true).expect("set");
-        socket.bind(address).expect("bound");
-        let app = socket.listen(1).expect("a listener");
+        let (mut outside, accepted, app) = super::support::plain(&web).await;
         let serve = crate::inbound::plain::serve(shared.clone(), pod.clone(), accepted);
         let talk = async {
             if !allowed {

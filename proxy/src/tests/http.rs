@@ -7,7 +7,7 @@ use tokio::{
     net::TcpStream,
 };
 use weft_core::{
-    NamespacedName,
+    NamespacedName, SubjectId,
     flow::{Reason, Reporter, Verdict},
     policy::{Action, HttpRule},
     service::AppProtocol,
@@ -150,4 +150,6 @@ async fn a_service_without_endpoints_answers_503() {
     let record = a.records.find("the request", |r| r.http.is_some()).await;
     assert_eq!(record.reason, Reason::NoEndpoint);
     assert_eq!(record.service, Some((NamespacedName::new("shop", "web"), 80)));
+    let opened = a.records.find("the connection's opening", |r| r.opening).await;
+    assert_eq!(opened.destination.subject, SubjectId::UNKNOWN, "a Service is not the world");
 }

@@ -100,17 +100,16 @@ async fn a_peer_that_is_not_who_it_should_be_is_refused() {
     let app = web.echo().await;
     web.workload.identity = SpiffeId::service_account(mesh.ca.trust_domain(), "shop", "other");
     let expected = a.proxy.shared().credentials.current(&client.workload.identity).expect("credentials");
-    let config = expected.client_config(&web.workload.identity);
     let key = crate::tunnel::client::Key {
         source: client.uid.clone(),
         identity: client.workload.identity.clone(),
+        destination: web.uid.clone(),
         address: SocketAddr::new(web.ip, mesh.tunnel_port()),
         expected: web.workload.identity.clone(),
-        generation: 0,
     };
     let request = crate::tunnel::ConnectRequest { authority: app, source: Default::default() };
     let pod = a.proxy.shared().pod(&client.uid).expect("the Pod");
-    let refused = soon("a refusal", pod.pool.connect(&key, &config, &request)).await.expect_err("refused");
+    let refused = soon("a refusal", pod.pool.connect(&key, &expected, &request)).await.expect_err("refused");
     assert_eq!(refused.reason, Reason::IdentityMismatch, "{refused}");
 }
 
@@ -167,7 +166,7 @@ async fn a_connect_must_be_true() {
     let theirs = Mesh::credentials(&mesh.ca, &other.workload.identity);
     let answer = soon("a stolen identity", connect(&mesh, &client, &web, &theirs, app, Some(&truth))).await;
     assert_eq!(answer, Ok(StatusCode::UNAUTHORIZED));
-    assert_eq!(b.proxy.shared().metrics.identity_mismatch.get(), 1);
+    assert_eq!(b.proxy.shared().metrics.peer_mismatches.get(), 1);
 }
 
 #[tokio::test]

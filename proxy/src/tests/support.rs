@@ -3,9 +3,13 @@
 use std::{
     collections::{BTreeMap, HashMap},
     io,
-    net::{IpAddr, Ipv4Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    os::{
+        linux::net::SocketAddrExt,
+        unix::net::{SocketAddr as UnixAddr, UnixListener},
+    },
     sync::{
-        Arc,
+        Arc, LazyLock,
         atomic::{AtomicU64, Ordering},
     },
     time::{Duration, SystemTime},
@@ -13,6 +17,7 @@ use std::{
 
 use parking_lot::Mutex;
 use prometheus_client::registry::Registry;
+use rand::Rng;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpSocket, TcpStream},
@@ -39,13 +44,30 @@ pub(super) async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
     tokio::time::timeout(PATIENCE, future).await.unwrap_or_else(|_| panic!("{what}: not in time"))
 }
 
-/// A loopback address that no other test uses.
+/// A loopback address that no other test uses, be it of this process or of another one.
 fn address() -> IpAddr {
     static NEXT: AtomicU64 = AtomicU64::new(0);
+    static BLOCK: LazyLock<(u8, UnixListener)> = LazyLock::new(block);
     let n = NEXT.fetch_add(1, Ordering::Relaxed);
-    let process = std::process::id() % 100;
     let octet = |v: u64| u8::try_from(v % 250).expect("below 250") + 1;
-    IpAddr::V4(Ipv4Addr::new(127, 100 + u8::try_from(process).expect("below 100"), octet(n / 250), octet(n)))
+    IpAddr::V4(Ipv4Addr::new(127, BLOCK.0, octet(n / 250), octet(n)))
+}
+
+/// A port that is free at every address. The kernel hands none out below its ephemeral range, so it stays free.
+fn port() -> u16 {
+    let mut candidates = std::iter::repeat_with(|| rand::rng().random_range(10_000..30_000));
+    let free = |port: &u16| std::net::TcpListener::bind((Ipv4Addr::UNSPECIFIED, *port)).is_ok();
+    candidates.find(free).expect("a free port")
+}
+
+/// A /16 of loopback addresses for this process alone: whoever holds the abstract socket of that name
+/// has them. Like the addresses such a name belongs to the network namespace, and it goes with the process.
+fn block() -> (u8, UnixListener) {
+    let claim = |n: u8| {
+        let name = UnixAddr::from_abstract_name(format!("weft-proxy-tests-{n}")).expect("a name");
+        Some((n, UnixListener::bind_addr(&name).ok()?))
+    };
+    (100..=250).find_map(claim).expect("more test processes than blocks of addresses")
 }
 
 pub(super) struct Mesh {
@@ -74,8 +96,8 @@ pub(super) struct TestNet {
 
 impl PodNet for TestNet {
     fn socket(&self, family: Family, shown: Option<SocketAddr>) -> io::Result<TcpSocket> {
-        assert_eq!(family, Family::V4);
-        let socket = TcpSocket::new_v4()?;
+        assert_eq!(family == Family::V4, self.ip.is_ipv4());
+        let socket = new_socket(self.ip)?;
         match shown {
             Some(client) => self.shown.lock().push(client),
             None => socket.bind(SocketAddr::new(self.ip, 0))?,
@@ -88,12 +110,19 @@ impl PodNet for TestNet {
     }
 }
 
+/// A socket of the address's family.
+pub(super) fn new_socket(ip: IpAddr) -> io::Result<TcpSocket> {
+    if ip.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }
+}
+
 pub(super) struct Pod {
     pub(super) uid: WorkloadUid,
     pub(super) ip: IpAddr,
     pub(super) net: Arc<TestNet>,
     pub(super) workload: Workload,
     outbound: SocketAddr,
+    /// Where the proxy takes plain connections.
+    pub(super) inbound: SocketAddr,
 }
 
 #[derive(Default)]
@@ -129,11 +158,10 @@ impl Records {
 impl Mesh {
     pub(super) fn new() -> Self {
         let domain = TrustDomain::new("mesh.test").expect("a domain");
-        let free = std::net::TcpListener::bind((address(), 0)).expect("a free port");
         let mesh = Self {
             ca: EmbeddedCa::generate(domain.clone()).expect("a CA"),
             state: watch::Sender::new(Arc::default()),
-            port: free.local_addr().expect("an address").port(),
+            port: port(),
             sequence: AtomicU64::new(1),
         };
         mesh.apply(vec![Resource::Config(Arc::new(config(domain)))], vec![]);
@@ -168,9 +196,14 @@ impl Mesh {
 
     /// Credentials of an id, signed by `ca`.
     pub(super) fn credentials(ca: &EmbeddedCa, id: &SpiffeId) -> Credentials {
+        Self::credentials_for(ca, id, Duration::from_secs(3600))
+    }
+
+    /// [`Mesh::credentials`] that end after `life`.
+    pub(super) fn credentials_for(ca: &EmbeddedCa, id: &SpiffeId, life: Duration) -> Credentials {
         let key = SvidKey::generate().expect("a key");
         let request = key.request(id).expect("a request");
-        let signed = ca.sign(id, &request, Duration::from_secs(3600)).expect("a signature");
+        let signed = ca.sign(id, &request, life).expect("a signature");
         Credentials::new(id, key, signed, SystemTime::now()).expect("credentials")
     }
 
@@ -183,39 +216,72 @@ impl Mesh {
 
     /// [`Mesh::pod`] without credentials.
     pub(super) fn describe(&self, node: &Node, account: &str) -> Pod {
-        static SUBJECT: AtomicU64 = AtomicU64::new(1000);
         let ip = address();
-        let uid = WorkloadUid::from(format!("uid-{ip}").as_str());
-        let domain = self.ca.trust_domain();
-        let workload = Workload {
-            uid: uid.clone(),
+        self.enrol(node, account, ip, vec![ip], true)
+    }
+
+    /// Two Pods with IPv6 addresses. There is one such loopback address: both proxies use it, so the Pods have one
+    /// identity and only the second one has a tunnel listener.
+    pub(super) fn v6_pods(&self, a: &Node, b: &Node) -> (Pod, Pod) {
+        let ip = IpAddr::V6(Ipv6Addr::LOCALHOST);
+        let other = "fd00::c".parse().expect("an address");
+        let pods = (self.enrol(a, "web", ip, vec![other], false), self.enrol(b, "web", ip, vec![ip], true));
+        for (node, pod) in [(a, &pods.0), (b, &pods.1)] {
+            node.publisher.publish(Self::credentials(&self.ca, &pod.workload.identity));
+        }
+        pods
+    }
+
+    /// A Pod that the mesh knows and no proxy serves: a test answers at its tunnel port.
+    pub(super) fn ghost(&self, account: &str) -> (Workload, std::net::TcpListener) {
+        let ip = address();
+        let workload = self.workload("nowhere", account, vec![ip]);
+        self.apply(vec![Resource::Workload(Arc::new(workload.clone()))], vec![]);
+        (workload, std::net::TcpListener::bind((ip, self.port)).expect("a listener"))
+    }
+
+    fn workload(&self, node: &str, account: &str, addresses: Vec<IpAddr>) -> Workload {
+        static SUBJECT: AtomicU64 = AtomicU64::new(1000);
+        let subject = SubjectId(u32::try_from(SUBJECT.fetch_add(1, Ordering::Relaxed)).expect("small"));
+        Workload {
+            uid: WorkloadUid::from(format!("uid-{}", subject.0).as_str()),
             name: NamespacedName::new("shop", &format!("{account}-1")),
             service_account: account.into(),
-            identity: SpiffeId::service_account(domain, "shop", account),
-            subject: SubjectId(u32::try_from(SUBJECT.fetch_add(1, Ordering::Relaxed)).expect("small")),
+            identity: SpiffeId::service_account(self.ca.trust_domain(), "shop", account),
+            subject,
             owner: Owner { kind: "Deployment".into(), name: account.into() },
-            node: node.name.into(),
+            node: node.into(),
             zone: "".into(),
             labels: BTreeMap::new(),
-            addresses: vec![ip],
+            addresses,
             named_ports: BTreeMap::new(),
             mode: Mode::Strict,
             fail_mode: FailMode::Closed,
             policies: Vec::new(),
             network_policy: false,
             netns: None,
-        };
+        }
+    }
+
+    fn enrol(&self, node: &Node, account: &str, ip: IpAddr, addresses: Vec<IpAddr>, served: bool) -> Pod {
+        let workload = self.workload(node.name, account, addresses);
+        let uid = workload.uid.clone();
         self.apply(vec![Resource::Workload(Arc::new(workload.clone()))], vec![]);
         let net = Arc::new(TestNet { ip, dialled: Mutex::default(), shown: Mutex::default() });
         let bind = |port| std::net::TcpListener::bind((ip, port)).expect("a listener");
-        let (outbound, inbound, tunnel) = (bind(0), bind(0), bind(self.port));
+        let (outbound, inbound) = (bind(0), bind(0));
+        let (inbound_address, tunnel) =
+            (inbound.local_addr().expect("an address"), served.then(|| bind(self.port)));
         let outbound_address = outbound.local_addr().expect("an address");
-        let listeners =
-            PodListeners { outbound: vec![outbound], inbound: vec![inbound], tunnel: vec![tunnel] };
+        let listeners = PodListeners {
+            outbound: vec![outbound],
+            inbound: vec![inbound],
+            tunnel: tunnel.into_iter().collect(),
+        };
         node.proxy
             .add_pod(PodHandle { uid: uid.clone(), net: net.clone(), listeners })
             .expect("the Pod is taken");
-        Pod { uid, ip, net, workload, outbound: outbound_address }
+        Pod { uid, ip, net, workload, outbound: outbound_address, inbound: inbound_address }
     }
 
     /// A policy that selects `pod`; the Pod is described again with it.
@@ -255,6 +321,7 @@ impl Mesh {
                 .map(|(pod, port)| Endpoint {
                     address: pod.ip,
                     ports: BTreeMap::from([(80, *port)]),
+                    packet_ports: Vec::new(),
                     workload: Some(pod.uid.clone()),
                     ready: true,
                 })
@@ -269,6 +336,7 @@ fn config(trust_domain: TrustDomain) -> MeshConfig {
     MeshConfig {
         trust_domain,
         svid_lifetime: Duration::from_secs(3600),
+        namespaces: std::collections::BTreeMap::new(),
         same_node: SameNode::Shortcut,
         unknown_pods: UnknownPods::RefuseMesh,
         ranges: vec!["10.99.0.0/16".parse().expect("a range")],
@@ -291,8 +359,12 @@ pub(super) fn from_account(account: &str) -> Rule {
 impl Pod {
     /// Dials as its application would, steered into the proxy.
     pub(super) async fn dial(&self, address: SocketAddr) -> TcpStream {
+        self.dial_from(new_socket(self.ip).expect("a socket"), address).await
+    }
+
+    /// [`Pod::dial`] with a socket that was made before.
+    pub(super) async fn dial_from(&self, socket: TcpSocket, address: SocketAddr) -> TcpStream {
         static CONNECTION: AtomicU64 = AtomicU64::new(1);
-        let socket = TcpSocket::new_v4().expect("a socket");
         socket.bind(SocketAddr::new(self.ip, 0)).expect("an address");
         let connection = CONNECTION.fetch_add(1, Ordering::Relaxed);
         let original = OriginalDst { address, connection, subject: self.workload.subject };
@@ -355,4 +427,18 @@ pub(super) async fn is_reset(stream: &mut TcpStream) {
     let mut rest = Vec::new();
     let end = soon("a reset", stream.read_to_end(&mut rest)).await;
     assert_eq!(end.expect_err("an end instead of a reset").kind(), io::ErrorKind::ConnectionReset);
+}
+
+/// A plain connection towards a port of `web`: the outer end, the end that the proxy gets, and the application's
+/// listener, which takes the port over once the proxy has its connection, as steering does it.
+pub(super) async fn plain(web: &Pod) -> (TcpStream, TcpStream, TcpListener) {
+    let listener = web.listen().await;
+    let address = listener.local_addr().expect("an address");
+    let outside = TcpStream::connect(address).await.expect("connected");
+    let (accepted, _) = listener.accept().await.expect("accepted");
+    drop(listener);
+    let socket = new_socket(address.ip()).expect("a socket");
+    socket.set_reuseaddr(true).expect("set");
+    socket.bind(address).expect("bound");
+    (outside, accepted, socket.listen(1).expect("a listener"))
 }

@@ -109,6 +109,12 @@ pub(super) fn forwarded_for(headers: &HeaderMap) -> Option<IpAddr> {
     address.ok().map(|a| a.to_canonical())
 }
 
+/// Reads both headers of a CONNECT that a peer sent, for the fuzzer.
+#[cfg(feature = "fuzzing")]
+pub fn fuzz(headers: &HeaderMap) -> (SourceInfo, Option<IpAddr>) {
+    (SourceInfo::read(headers), forwarded_for(headers))
+}
+
 fn forwarded(client: IpAddr) -> String {
     match client.to_canonical() {
         IpAddr::V4(client) => format!("for={client}"),

@@ -1,6 +1,6 @@
 //! The accepting end of tunnels.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{hash::Hash, net::SocketAddr, sync::Arc};
 
 use bytes::Bytes;
 use h2::server::{Connection, SendResponse};
@@ -11,8 +11,9 @@ use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use weft_runtime::DrainWatcher;
 
 use super::{
-    CONNECTION_WINDOW, ConnectRequest, MAX_FRAME, MAX_HEADERS, MAX_STREAMS, STREAM_WINDOW, Session,
-    SourceInfo, Stream, Times, headers, keep_alive, negotiated,
+    CONNECTION_WINDOW, ConnectRequest, MAX_FRAME, MAX_HEADERS, MAX_STREAMS, PARTING, STREAM_WINDOW, Session,
+    SourceInfo, Stream, Times, expiry, headers, keep_alive, negotiated,
+    validity::{Validities, Validity},
 };
 
 /// Why no tunnel came to be.
@@ -27,8 +28,8 @@ pub enum AcceptError {
     /// The peer speaks no HTTP/2.
     #[error("the peer speaks no HTTP/2: {0}")]
     Http(#[from] h2::Error),
-    /// The peer showed no certificate.
-    #[error("the peer showed no certificate")]
+    /// The peer showed no certificate, or none that can be read.
+    #[error("the peer showed no certificate that can be read")]
     NoCertificate,
 }
 
@@ -61,10 +62,13 @@ impl Server {
                 .iter()
                 .map(|c| c.clone().into_owned())
                 .collect();
+            let expires = expiry(Some(&certificates)).ok_or(AcceptError::NoCertificate)?;
             let session = Session {
                 local: local.map_err(AcceptError::Tls)?,
                 peer: peer.map_err(AcceptError::Tls)?,
                 tls: negotiated(state),
+                expires,
+                validity: Validity::new(expires),
             };
             let mut connection = h2::server::Builder::new()
                 .initial_window_size(STREAM_WINDOW)
@@ -91,8 +95,18 @@ impl Server {
         &self.certificates
     }
 
+    /// Lets the connection share the validity of what the peer has proven with the others of the same ends: `key`
+    /// must name the Pod here, the peer's identity from [`Server::certificates`] and the peer's address. All of them
+    /// last as long as the certificate of this handshake.
+    pub fn share<K: Eq + Hash>(&mut self, validities: &Validities<K>, key: K) {
+        self.session.validity = validities.share(key, self.session.expires);
+        self.session.validity.extend(self.session.expires);
+    }
+
     /// Hands every CONNECT to `serve` until the connection ends: by the peer, by a peer that no longer answers
-    /// pings, or by drain once its streams ended. Malformed requests are answered 400 here and go to `malformed`.
+    /// pings, by the end of the peer's certificate where no other connection of the same ends has proven the peer
+    /// anew (see [`super::validity`]), or by drain once its streams ended. Malformed requests are answered 400 here and
+    /// go to `malformed`.
     ///
     /// # Errors
     /// When the connection failed.
@@ -102,8 +116,14 @@ impl Server {
         serve: impl Fn(Incoming),
         malformed: impl Fn(&'static str),
     ) -> Result<(), h2::Error> {
-        let mut alive = std::pin::pin!(keep_alive(self.pings.take(), self.times));
-        let mut draining = false;
+        let mut alive = std::pin::pin!(keep_alive(self.pings.take(), self.times, || ()));
+        let validity = self.session.validity.clone();
+        let mut expired = std::pin::pin!(validity.passed());
+        let mut gone = std::pin::pin!(async {
+            validity.passed().await;
+            tokio::time::sleep(PARTING).await;
+        });
+        let (mut draining, mut parting) = (false, false);
         loop {
             tokio::select! {
                 request = self.connection.accept() => match request {
@@ -122,6 +142,11 @@ impl Server {
                     self.connection.graceful_shutdown();
                 }
                 () = &mut alive => return Ok(()),
+                () = &mut expired, if !parting => {
+                    parting = true;
+                    self.connection.graceful_shutdown();
+                }
+                () = &mut gone => return Ok(()),
             }
         }
     }
@@ -178,7 +203,12 @@ impl Incoming {
     /// When the peer went away.
     pub fn accept(mut self) -> Result<Stream, h2::Error> {
         let send = self.respond.send_response(Response::new(()), false)?;
-        Ok(Stream::new(send, self.recv, None))
+        Ok(Stream::new(send, self.recv))
+    }
+
+    /// Says that nothing of it was done, and that it may be sent again on another connection (RFC 9113 section 8.7).
+    pub fn postpone(mut self) {
+        self.respond.send_reset(h2::Reason::REFUSED_STREAM);
     }
 
     /// Answers with another status and ends the stream.

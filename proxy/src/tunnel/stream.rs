@@ -4,11 +4,15 @@ use std::{
     io,
     pin::Pin,
     task::{Context, Poll, ready},
+    time::Instant,
 };
 
 use bytes::{Buf, Bytes};
 use h2::{Reason, RecvStream, SendStream};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use super::validity::Validity;
+use crate::{l7::Io, socket::Cut};
 
 /// The bytes of one CONNECT. END_STREAM and half-close are the same thing in both directions; a reset of the stream
 /// or the loss of its connection is an error, never an end. Dropped before both directions ended, it resets.
@@ -19,20 +23,33 @@ pub struct Stream {
     chunk: Bytes,
     read_closed: bool,
     write_closed: bool,
+    pooled: Option<Pooled>,
+}
+
+/// What a stream has of the connection that it was opened on.
+struct Pooled {
     /// Keeps the stream counted in its pool.
-    _lease: Option<Box<dyn Send + Sync>>,
+    _lease: Box<dyn Send + Sync>,
+    validity: Validity,
+    retires: Instant,
 }
 
 /// Most bytes taken by one write: a stream that finds a large window still lets others in between.
 const MAX_WRITE: usize = 64 * 1024;
 
 impl Stream {
-    pub(super) fn new(
-        send: SendStream<Bytes>,
-        recv: RecvStream,
-        lease: Option<Box<dyn Send + Sync>>,
-    ) -> Self {
-        Self { send, recv, chunk: Bytes::new(), read_closed: false, write_closed: false, _lease: lease }
+    pub(super) fn new(send: SendStream<Bytes>, recv: RecvStream) -> Self {
+        Self { send, recv, chunk: Bytes::new(), read_closed: false, write_closed: false, pooled: None }
+    }
+
+    /// A stream of a pooled connection, which ends with `validity` and takes no more streams from `retires` on.
+    pub(super) fn of(self, lease: Box<dyn Send + Sync>, validity: Validity, retires: Instant) -> Self {
+        Self { pooled: Some(Pooled { _lease: lease, validity, retires }), ..self }
+    }
+
+    /// Until when the peer that was dialled is proven.
+    pub fn validity(&self) -> Option<Validity> {
+        self.pooled.as_ref().map(|p| p.validity.clone())
     }
 
     /// Resets the stream, so that the peer sees a failure and no end.
@@ -40,6 +57,17 @@ impl Stream {
         self.send.send_reset(Reason::CANCEL);
         self.read_closed = true;
         self.write_closed = true;
+    }
+}
+
+impl Io for Stream {
+    /// Without effect: dropped before both directions ended, it resets anyway.
+    fn cut(&self) -> Cut {
+        Cut::default()
+    }
+
+    fn retires(&self) -> Option<Instant> {
+        self.pooled.as_ref().map(|p| p.retires)
     }
 }
 

@@ -1,6 +1,10 @@
+use std::task::{Context, Poll, Waker};
+
+use weft_proxy::connections::Entry;
+
 use super::*;
 use crate::{
-    flow::{convert::tests::request, store::Entry},
+    flow::{convert::tests::request, store},
     testing,
 };
 
@@ -34,10 +38,33 @@ fn of_source(connection: u64) -> FlowRecord {
 
 fn flows(e: &Enricher) -> Vec<Arc<StoredFlow>> {
     let flow = |(_, entry)| match entry {
-        Entry::Flow(flow) => Some(flow),
-        Entry::Lost { .. } => None,
+        store::Entry::Flow(flow) => Some(flow),
+        store::Entry::Lost { .. } => None,
     };
     e.store().read(0, 1000).entries.into_iter().filter_map(flow).collect()
+}
+
+#[tokio::test]
+async fn the_configuration_decides_what_is_logged() {
+    let base = testing::state();
+    let (sender, state) = watch::channel(Arc::new(base.clone()));
+    let e = Enricher::new(FlowStore::new(64), state, &mut Registry::default());
+    let (to, from) = tokio::io::duplex(4096);
+    let (_trigger, drain) = weft_runtime::drain::channel();
+    e.log(Format::Text, to, &Tasks::new(), drain);
+    e.record(request("/off", 403));
+    let mut config = base.config().unwrap().as_ref().clone();
+    config.telemetry.access_log = weft_core::config::AccessLog::Errors;
+    let mut delta = testing::delta([]);
+    delta.full = false;
+    delta.upserted = vec![weft_core::Resource::Config(Arc::new(config))];
+    sender.send_replace(Arc::new(base.apply(&delta)));
+    e.record(request("/good", 200));
+    e.record(request("/refused", 403));
+    let mut lines = tokio::io::AsyncBufReadExt::lines(tokio::io::BufReader::new(from));
+    let line = lines.next_line().await.unwrap().unwrap();
+    assert!(line.contains("DENIED policy-denied") && line.contains("GET /refused 403"), "{line}");
+    assert_eq!(flows(&e).len(), 3);
 }
 
 #[test]
@@ -63,6 +90,40 @@ fn differing_identities_are_counted_once_a_connection() {
     e.record(of_source(1));
     e.record(of_source(1));
     assert_eq!(e.mismatches(), 1);
+}
+
+#[test]
+fn differing_identities_close_the_connection_in_either_order() {
+    for kernel_first in [true, false] {
+        let e = enricher();
+        let live = Connections::default();
+        e.close_in(live.clone());
+        let register = |connection| {
+            live.register(Entry {
+                connection: Some(connection),
+                source: None,
+                destination: None,
+                credentials: None,
+                validity: None,
+                judged: None,
+            })
+        };
+        let (mut wrong, mut right) = (register(1), register(2));
+        let says = |kernel: bool| match kernel {
+            // The kernel took the caller for web, the proxy for client.
+            true => e.kernel(redirected(1, 301)),
+            false => e.record(of_source(1)),
+        };
+        says(kernel_first);
+        assert_eq!(live.len(), 2, "one side alone says nothing");
+        says(!kernel_first);
+        e.kernel(redirected(2, 300));
+        e.record(of_source(2));
+        assert_eq!((live.len(), e.mismatches()), (1, 1));
+        let cx = &mut Context::from_waker(Waker::noop());
+        assert_eq!(wrong.poll_cut(cx), Poll::Ready(Reason::IdentityMismatch));
+        assert_eq!(right.poll_cut(cx), Poll::Pending);
+    }
 }
 
 #[test]

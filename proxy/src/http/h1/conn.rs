@@ -1,6 +1,6 @@
 //! One direction each of a connection: buffered reading of heads and bodies, buffered writing.
 
-use std::{io, sync::atomic::Ordering};
+use std::{io, sync::atomic::Ordering, time::Instant};
 
 use bytes::{Buf, Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
@@ -10,7 +10,7 @@ use super::{
     body::{Decoder, Length, Piece, put_chunk_head, put_last_chunk},
     scan::HeadScan,
 };
-use crate::l7::Io;
+use crate::{l7::Io, socket::Cut};
 
 /// The most bytes of a head.
 pub(crate) const MAX_HEAD: usize = 64 * 1024;
@@ -122,12 +122,17 @@ impl<W: AsyncWrite + Unpin> Writer<W> {
 pub(crate) struct Conn<I> {
     pub(crate) reader: Reader<ReadHalf<I>>,
     pub(crate) writer: Writer<WriteHalf<I>>,
+    /// Whether its drop is a failure for the other side.
+    pub(crate) cut: Cut,
+    /// From when on it takes no further requests.
+    pub(crate) retires: Option<Instant>,
 }
 
 impl<I: Io> Conn<I> {
     pub(crate) fn new(io: I, buf: BytesMut) -> Self {
+        let (cut, retires) = (io.cut(), io.retires());
         let (read, write) = tokio::io::split(io);
-        Self { reader: Reader::new(read, buf), writer: Writer::new(write) }
+        Self { reader: Reader::new(read, buf), writer: Writer::new(write), cut, retires }
     }
 }
 

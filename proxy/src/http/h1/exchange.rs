@@ -139,6 +139,8 @@ async fn attempt<S: Service, I: Io>(
     record: &mut Record<S>,
     (target, mut upstream): (Option<&Target>, Conn<S::Upstream>),
 ) -> Attempt {
+    // Until it is known to have ended well.
+    upstream.cut.set(true);
     head.encode(&decision.request_headers, &mut upstream.writer.out);
     let tally = record.tally.clone();
     // The request is through: set by the upward half, read by the downward one, and the other way round.
@@ -173,6 +175,7 @@ async fn attempt<S: Service, I: Io>(
     let complete = sent.load(Ordering::Relaxed);
     Attempt::Ended(match (down_end, up_end) {
         (Some(Down::Finished { keep_upstream, close }), None | Some(Up::Finished)) => {
+            upstream.cut.set(false);
             if keep_upstream && complete && upstream.reader.buf.is_empty() {
                 pool.put(target.cloned(), upstream);
             }
@@ -181,6 +184,7 @@ async fn attempt<S: Service, I: Io>(
         }
         (Some(Down::Upgraded), _) => {
             if opaque(client, &mut upstream, &tally).await {
+                upstream.cut.set(false);
                 record.done();
                 Ended::Close
             } else {

@@ -39,6 +39,9 @@ impl<I: Io> Pool<I> {
     }
 
     pub(crate) fn put(&mut self, target: Option<Target>, conn: Conn<I>) {
+        if conn.retires.is_some_and(|at| at <= std::time::Instant::now()) {
+            return;
+        }
         if self.0.len() >= MAX_IDLE {
             self.0.remove(0);
         }

@@ -1,8 +1,11 @@
 //! HTTP/2 connections to upstreams, for the streams of one caller's connection.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicU64, Ordering},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Instant,
 };
 
 use bytes::Bytes;
@@ -16,14 +19,21 @@ use tokio::sync::mpsc;
 use weft_core::flow::Reason;
 
 use super::{super::service::Service, CONNECTION_WINDOW, HEADER_LIST, SEND_BUFFER, STREAM_WINDOW};
-use crate::l7::{ConnectError, Target};
+use crate::l7::{ConnectError, Io as _, Target};
 
 /// The most upstream connections of one caller's connection; the oldest gives way, its streams go on.
 const MAX_CONNECTIONS: usize = 16;
 
 /// Moves a connection's frames; it is to be polled until it ends.
 pub(crate) type Driver = BoxFuture<'static, ()>;
-type Connecting = Shared<BoxFuture<'static, Result<SendRequest<Bytes>, ConnectError>>>;
+type Connecting = Shared<BoxFuture<'static, Result<Opened, ConnectError>>>;
+
+#[derive(Clone)]
+struct Opened {
+    sender: SendRequest<Bytes>,
+    /// From when on it takes no further requests.
+    retires: Option<Instant>,
+}
 
 /// Connections by target.
 pub(crate) struct Pool<S> {
@@ -52,14 +62,18 @@ impl<S: Service> Pool<S> {
     pub(crate) async fn sender(&self, target: Option<&Target>) -> Result<SendRequest<Bytes>, ConnectError> {
         for _ in 0..2 {
             let entry = self.entry(target);
-            let sender = match entry.connecting.await {
-                Ok(sender) => sender,
+            let opened = match entry.connecting.await {
+                Ok(opened) => opened,
                 Err(error) => {
                     self.forget(entry.id);
                     return Err(error);
                 }
             };
-            match sender.ready().await {
+            if opened.retires.is_some_and(|at| at <= Instant::now()) {
+                self.forget(entry.id);
+                continue;
+            }
+            match opened.sender.ready().await {
                 Ok(sender) => return Ok(sender),
                 Err(_) => self.forget(entry.id),
             }
@@ -94,8 +108,9 @@ async fn open<S: Service>(
     service: Arc<S>,
     drivers: mpsc::Sender<Driver>,
     target: Option<Target>,
-) -> Result<SendRequest<Bytes>, ConnectError> {
+) -> Result<Opened, ConnectError> {
     let io = service.connect(target.as_ref()).await?;
+    let retires = io.retires();
     let mut builder = h2::client::Builder::new();
     builder
         .initial_window_size(STREAM_WINDOW)
@@ -112,5 +127,5 @@ async fn open<S: Service>(
     };
     let gone = |_| ConnectError::new(Reason::PeerReset, "the caller is gone");
     drivers.send(driver.boxed()).await.map_err(gone)?;
-    Ok(sender)
+    Ok(Opened { sender, retires })
 }

@@ -222,7 +222,7 @@ async fn receive<S: Service>(
     let received = match received {
         Ok(received) => received,
         // Not processed (RFC 9113 section 8.7): the caller may try again, so it must hear just that.
-        Err(error) if error.reason() == Some(Code::REFUSED_STREAM) => {
+        Err(error) if error.reason() == Some(Code::REFUSED_STREAM) || unprocessed(&error) => {
             return Ended::Reset(Reason::PeerReset, Code::REFUSED_STREAM);
         }
         Err(error) => {
@@ -245,6 +245,12 @@ async fn receive<S: Service>(
         return Ended::Done;
     }
     body_down(&mut body, &mut stream, record).await
+}
+
+/// A GOAWAY says of the streams beyond its last one that nothing of them was done (RFC 9113 section 6.8); those
+/// before it go on.
+fn unprocessed(error: &h2::Error) -> bool {
+    error.is_go_away() && error.is_remote() && error.reason() == Some(Code::NO_ERROR)
 }
 
 async fn body_down<S: Service>(

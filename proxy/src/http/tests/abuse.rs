@@ -23,6 +23,12 @@ macro_rules! h2 {
     };
 }
 
+macro_rules! path {
+    ($path:literal) => {
+        &[(":method", "GET"), (":scheme", "http"), (":path", $path), (":authority", "web")]
+    };
+}
+
 const CASES: &[Case] = &[
     case(
         "length and chunked",
@@ -52,7 +58,7 @@ const CASES: &[Case] = &[
     case(
         "a huge length",
         "POST / HTTP/1.1\r\nHost: web\r\nContent-Length: 99999999999999999999\r\n\r\n",
-        &[],
+        h2!("content-length": "99999999999999999999"),
     ),
     case(
         "chunked, but not only",
@@ -101,7 +107,7 @@ const CASES: &[Case] = &[
         "GET / HTTP/1.1\r\nHost: web/admin\r\n\r\n",
         &[(":method", "GET"), (":scheme", "http"), (":path", "/"), (":authority", "web/admin")],
     ),
-    case("a list of hosts", "GET / HTTP/1.1\r\nHost: web, admin\r\n\r\n", &[]),
+    case("a list of hosts", "GET / HTTP/1.1\r\nHost: web, admin\r\n\r\n", h2!("host": "web, admin")),
     case("another host in the target", "GET http://admin/ HTTP/1.1\r\nHost: web\r\n\r\n", &[]),
     case("another port in the target", "GET http://web:81/ HTTP/1.1\r\nHost: web\r\n\r\n", &[]),
     case(
@@ -200,6 +206,23 @@ const CASES: &[Case] = &[
         "POST / HTTP/1.1\r\nHost: web\r\nContent-Length: 1\r\nConnection: content-length\r\n\r\na",
         h2!("connection": "close"),
     ),
+    case("a folded value", "GET / HTTP/1.1\r\nHost: web\r\nX-A: b\r\n\tc\r\n\r\n", h2!("x-a": "b\r\n c")),
+    case("a folded host", "GET / HTTP/1.1\r\nHost: web\r\n admin\r\n\r\n", h2!("host": "web\r\n admin")),
+    case("a bare CR in the first line", "GET /\r HTTP/1.1\r\nHost: web\r\n\r\n", path!("/\r")),
+    case("a bare LF in the first line", "GET /\n HTTP/1.1\r\nHost: web\r\n\r\n", path!("/\n")),
+    case("white space in the path", "GET /a b HTTP/1.1\r\nHost: web\r\n\r\n", path!("/a b")),
+    case("an empty path", "GET  HTTP/1.1\r\nHost: web\r\n\r\n", path!("")),
+    case(
+        "a host with an impossible port",
+        "GET / HTTP/1.1\r\nHost: web:99999\r\n\r\n",
+        &[(":method", "GET"), (":scheme", "http"), (":path", "/"), (":authority", "web:99999")],
+    ),
+    case("chunked alone", "", h2!("transfer-encoding": "chunked")),
+    case("no method", "", &[(":scheme", "http"), (":path", "/"), (":authority", "web")]),
+    case("no path", "", &[(":method", "GET"), (":scheme", "http"), (":authority", "web")]),
+    case("a pseudo field of answers", "", h2!(":status": "200")),
+    case("an unknown pseudo field", "", h2!(":host": "web")),
+    case("a pseudo field after others", "", h2!("x-a": "b", ":authority": "admin")),
     case("keep-alive", "", h2!("keep-alive": "1")),
     case("upgrade", "", h2!("upgrade": "h2c")),
     case("proxy-connection", "", h2!("proxy-connection": "close")),
@@ -257,12 +280,61 @@ async fn http2_refuses() {
             rig.client.send(frame(1, 4 | 1, 1, &literals(case.h2))).await;
             let answered = first_answer(&mut rig.client).await;
             assert!(rig.upstreams.try_recv().is_err(), "{}: it reached an upstream", case.name);
-            if answered == Answer::Headers {
-                let end = rig.end().await;
-                assert_eq!((end.status, end.reason), (400, Reason::ProtocolError), "{}", case.name);
-            }
+            // Whether we refuse it or the library does: somebody hears of it.
+            let end = rig.end().await;
+            let status = if answered == Answer::Headers { 400 } else { 0 };
+            assert_eq!(
+                (end.status, end.reason),
+                (status, Reason::ProtocolError),
+                "{}: {answered:?}",
+                case.name
+            );
+            assert_eq!((end.verdict, end.protocol), (Verdict::Error, "HTTP/2"), "{}", case.name);
         }
     }
+}
+
+/// What breaks the connection as a whole.
+#[tokio::test]
+async fn http2_connections_that_break_the_protocol_are_recorded() {
+    let settings = frame(4, 0, 0, &[]);
+    for (name, bytes) in [
+        ("settings of a wrong length", frame(4, 0, 0, &[0])),
+        ("a frame that is too long", [&settings[..], &[0xff, 0xff, 0xff, 0, 0, 0, 0, 0, 1]].concat()),
+        ("data on stream 0", [&settings[..], &frame(0, 0, 0, b"x")].concat()),
+        ("data on an idle stream", [&settings[..], &frame(0, 0, 1, b"x")].concat()),
+        ("an even stream", [&settings[..], &frame(1, 4 | 1, 2, &literals(h2!()))].concat()),
+        ("headers that do not decode", [&settings[..], &frame(1, 4 | 1, 1, &[0xff; 9])].concat()),
+        ("a window that overflows", [&settings[..], &frame(8, 0, 0, &[0x7f, 0xff, 0xff, 0xff])].concat()),
+        ("a window of nothing", [&settings[..], &frame(8, 0, 0, &[0; 4])].concat()),
+        ("a ping of a wrong length", [&settings[..], &frame(6, 0, 0, &[0])].concat()),
+        ("a continuation of nothing", [&settings[..], &frame(9, 4, 1, &[])].concat()),
+        ("a push", [&settings[..], &frame(5, 4, 1, &[0, 0, 0, 2])].concat()),
+    ] {
+        for side in [Side::Outbound, Side::Inbound] {
+            let mut rig = Rig::new(side);
+            rig.client.send(PREFACE).await;
+            rig.client.send(&bytes).await;
+            let end = rig.end().await;
+            assert_eq!((end.status, end.reason), (0, Reason::ProtocolError), "{name}");
+            assert_eq!((end.verdict, end.protocol), (Verdict::Error, "HTTP/2"), "{name}");
+            assert!(rig.upstreams.try_recv().is_err(), "{name}: it reached an upstream");
+        }
+    }
+}
+
+#[tokio::test]
+async fn http2_streams_beyond_the_limit_are_refused_and_recorded() {
+    let limits = Limits { max_streams: 1, ..Limits::default() };
+    let mut rig = Rig::with(Side::Inbound, Plan::default(), limits);
+    rig.client.send(PREFACE).await;
+    rig.client.send(frame(4, 0, 0, &[])).await;
+    rig.client.send(frame(1, 4, 1, &literals(h2!()))).await;
+    let _upstream = rig.upstream().await;
+    rig.client.send(frame(1, 4 | 1, 3, &literals(h2!()))).await;
+    assert_eq!(first_answer(&mut rig.client).await, Answer::Reset);
+    let end = rig.end().await;
+    assert_eq!((end.status, end.reason), (0, Reason::LimitReached));
 }
 
 #[tokio::test]
@@ -296,7 +368,7 @@ async fn first_answer(client: &mut Peer) -> Answer {
 }
 
 /// A frame (RFC 9113 section 4.1).
-fn frame(kind: u8, flags: u8, stream: u8, payload: &[u8]) -> Vec<u8> {
+pub(super) fn frame(kind: u8, flags: u8, stream: u8, payload: &[u8]) -> Vec<u8> {
     let length = u16::try_from(payload.len()).expect("short").to_be_bytes();
     let mut frame = vec![0, length[0], length[1], kind, flags, 0, 0, 0, stream];
     frame.extend_from_slice(payload);
@@ -304,7 +376,7 @@ fn frame(kind: u8, flags: u8, stream: u8, payload: &[u8]) -> Vec<u8> {
 }
 
 /// A header block of literals that are not indexed (RFC 7541 section 6.2.2).
-fn literals(fields: &[(&str, &str)]) -> Vec<u8> {
+pub(super) fn literals(fields: &[(&str, &str)]) -> Vec<u8> {
     let mut block = Vec::new();
     for (name, value) in fields {
         block.push(0);

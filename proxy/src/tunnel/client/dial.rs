@@ -1,0 +1,101 @@
+//! TCP, TLS and HTTP/2 handshake with a destination's proxy.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use h2::client::{Connection, SendRequest};
+use rustls_pki_types::ServerName;
+use tokio::net::TcpStream;
+use tokio_rustls::{TlsConnector, client::TlsStream};
+use weft_core::flow::Reason;
+
+use super::{
+    super::{
+        CONNECTION_WINDOW, MAX_FRAME, MAX_HEADERS, STREAM_WINDOW, Session, Times, expiry, negotiated,
+        validity::Validity,
+    },
+    Key,
+};
+use crate::{
+    l7::ConnectError,
+    platform::{Family, PodNet},
+};
+
+pub(super) type Established = (SendRequest<Bytes>, Connection<TlsStream<TcpStream>, Bytes>, Session);
+
+/// A connection and what is known of it, not driven yet; its validity is still its own.
+pub(super) async fn handshake(
+    net: &dyn PodNet,
+    key: &Key,
+    config: &Arc<rustls::ClientConfig>,
+    times: Times,
+) -> Result<Established, ConnectError> {
+    let address = key.address;
+    let unreachable = |error: std::io::Error| {
+        ConnectError::new(
+            Reason::ConnectFailure,
+            format!(
+                "no TCP connection to the proxy of {address}: {error}; is the agent running on that node, and does a \
+                 NetworkPolicy block its port {}?",
+                address.port()
+            ),
+        )
+    };
+    let socket = net.socket(Family::of(address), None).map_err(unreachable)?;
+    let tcp = tokio::time::timeout(times.connect, socket.connect(address))
+        .await
+        .map_err(|_| {
+            ConnectError::new(Reason::Timeout, format!("the proxy of {address} did not answer in time"))
+        })?
+        .map_err(unreachable)?;
+    crate::socket::tune(&tcp);
+    let (local, peer) = (tcp.local_addr().map_err(unreachable)?, tcp.peer_addr().map_err(unreachable)?);
+    let establish = async {
+        let name = ServerName::IpAddress(address.ip().into());
+        let tls = TlsConnector::from(config.clone()).connect(name, tcp).await.map_err(|error| {
+            let text =
+                format!("TLS with the proxy of {address}, expected to be {}, failed: {error}", key.expected);
+            ConnectError::new(tls_reason(&error), text)
+        })?;
+        let state = tls.get_ref().1;
+        let expires = expiry(state.peer_certificates()).ok_or_else(|| {
+            let text = format!("the certificate of the proxy of {address} cannot be read");
+            ConnectError::new(Reason::TlsFailure, text)
+        })?;
+        let session =
+            Session { local, peer, tls: negotiated(state), expires, validity: Validity::new(expires) };
+        let (send, connection) = h2::client::Builder::new()
+            .initial_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
+            .max_concurrent_streams(0)
+            .max_frame_size(MAX_FRAME)
+            .max_header_list_size(MAX_HEADERS)
+            .max_send_buffer_size(STREAM_WINDOW as usize)
+            .enable_push(false)
+            .handshake(tls)
+            .await
+            .map_err(|error| {
+                let text = format!("HTTP/2 with the proxy of {address} failed: {error}");
+                ConnectError::new(Reason::ProtocolError, text)
+            })?;
+        Ok((send, connection, session))
+    };
+    tokio::time::timeout(times.handshake, establish).await.unwrap_or_else(|_| {
+        let text = format!("the handshake with the proxy of {address} took too long");
+        Err(ConnectError::new(Reason::Timeout, text))
+    })
+}
+
+/// A certificate of the wrong peer is told apart from other failures.
+fn tls_reason(error: &std::io::Error) -> Reason {
+    let inner = error.get_ref().and_then(|e| e.downcast_ref::<rustls::Error>());
+    match inner {
+        Some(rustls::Error::InvalidCertificate(
+            rustls::CertificateError::ApplicationVerificationFailure
+            | rustls::CertificateError::NotValidForName
+            | rustls::CertificateError::NotValidForNameContext { .. }
+            | rustls::CertificateError::Other(_),
+        )) => Reason::IdentityMismatch,
+        _ => Reason::TlsFailure,
+    }
+}
