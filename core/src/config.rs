@@ -1,10 +1,13 @@
 //! Settings of the whole mesh (kind `MeshConfig`).
 
-use std::time::Duration;
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
-use crate::id::TrustDomain;
+use crate::{
+    id::TrustDomain,
+    workload::{FailMode, Mode},
+};
 
 /// How two Pods of one node talk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -27,6 +30,18 @@ pub enum UnknownPods {
     RefuseAll,
 }
 
+/// Which flows a node writes as lines to its standard output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum AccessLog {
+    /// None.
+    #[default]
+    Off,
+    /// Those that were refused or failed.
+    Errors,
+    /// All.
+    All,
+}
+
 /// What is recorded of flows.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Telemetry {
@@ -36,12 +51,25 @@ pub struct Telemetry {
     pub query_strings: bool,
     /// Request headers that are recorded, lower case.
     pub headers: Vec<String>,
+    /// Which flows are logged as lines.
+    #[serde(default)]
+    pub access_log: AccessLog,
 }
 
 impl Default for Telemetry {
     fn default() -> Self {
-        Self { flow_capacity: 8192, query_strings: false, headers: Vec::new() }
+        Self { flow_capacity: 8192, query_strings: false, headers: Vec::new(), access_log: AccessLog::Off }
     }
+}
+
+/// What the labels of a namespace say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct NamespaceMode {
+    /// How its Pods are treated, where their own labels do not tighten it.
+    pub mode: Mode,
+    /// What happens to them when Weft cannot decide.
+    #[serde(default)]
+    pub fail_mode: FailMode,
 }
 
 /// Settings of the whole mesh.
@@ -62,4 +90,7 @@ pub struct MeshConfig {
     pub reveal_policy: bool,
     /// What is recorded.
     pub telemetry: Telemetry,
+    /// Every namespace that there is: a node classifies its new Pods by it before the operator has described them.
+    #[serde(default)]
+    pub namespaces: BTreeMap<Arc<str>, NamespaceMode>,
 }

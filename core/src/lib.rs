@@ -12,6 +12,8 @@ pub mod policy;
 pub mod route;
 pub mod service;
 pub mod state;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 pub mod workload;
 
 pub use config::MeshConfig;

@@ -28,13 +28,27 @@ pub struct ServicePort {
     pub app_protocol: AppProtocol,
 }
 
+/// A port of a Service that is not TCP, at one endpoint. The mesh judges what is sent there and carries none of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct PacketPort {
+    /// IP protocol number (17 UDP, 132 SCTP).
+    pub protocol: u8,
+    /// The port at the Service's address.
+    pub port: u16,
+    /// The port at the endpoint.
+    pub target: u16,
+}
+
 /// One endpoint of a Service.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Endpoint {
     /// Its address.
     pub address: IpAddr,
-    /// Service port number -> port at the endpoint.
+    /// Service port number -> port at the endpoint; TCP.
     pub ports: BTreeMap<u16, u16>,
+    /// The ports that are not TCP.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub packet_ports: Vec<PacketPort>,
     /// The Pod behind it, where it is one that the mesh knows.
     pub workload: Option<WorkloadUid>,
     /// False while it should get no new connections.

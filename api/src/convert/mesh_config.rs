@@ -6,7 +6,7 @@ use weft_core::{TrustDomain, config, policy::Cidr};
 
 use crate::{
     error::{ObjectError, Problems},
-    mesh_config::{IssuerType, MeshConfig, MeshConfigSpec, SameNode, UnknownPods},
+    mesh_config::{AccessLog, IssuerType, MeshConfig, MeshConfigSpec, SameNode, UnknownPods},
 };
 
 /// The settings where nobody wrote any.
@@ -68,6 +68,7 @@ fn from_spec(spec: &MeshConfigSpec, trust_domain: TrustDomain) -> config::MeshCo
     config::MeshConfig {
         trust_domain,
         svid_lifetime: spec.issuer.embedded.svid_lifetime.0,
+        namespaces: std::collections::BTreeMap::new(),
         same_node: match spec.same_node {
             SameNode::Shortcut => config::SameNode::Shortcut,
             SameNode::Mtls => config::SameNode::Mtls,
@@ -82,6 +83,11 @@ fn from_spec(spec: &MeshConfigSpec, trust_domain: TrustDomain) -> config::MeshCo
             flow_capacity: flows.capacity,
             query_strings: flows.query_strings,
             headers: flows.headers.iter().map(|h| h.to_ascii_lowercase()).collect(),
+            access_log: match spec.telemetry.access_log {
+                AccessLog::Off => config::AccessLog::Off,
+                AccessLog::Errors => config::AccessLog::Errors,
+                AccessLog::All => config::AccessLog::All,
+            },
         },
     }
 }
@@ -111,6 +117,19 @@ spec: {trustDomain: Shop, issuer: {embedded: {svidLifetime: 1s}}, telemetry: {fl
             "{error}"
         );
         assert!(error.contains("write 1024"), "{error}");
+    }
+
+    #[test]
+    fn the_access_log_is_carried_over() {
+        for (written, meant) in [("Errors", config::AccessLog::Errors), ("All", config::AccessLog::All)] {
+            let text = format!(
+                "{{apiVersion: weft.mesh/v1alpha1, kind: MeshConfig, metadata: {{name: default}},
+                  spec: {{telemetry: {{accessLog: {written}}}}}}}"
+            );
+            let object: MeshConfig = serde_yaml_ng::from_str(&text).unwrap();
+            assert_eq!(convert(&object).unwrap().telemetry.access_log, meant);
+        }
+        assert_eq!(defaults(fallback_domain()).telemetry.access_log, config::AccessLog::Off);
     }
 
     #[test]

@@ -59,12 +59,14 @@ pub enum Outcome {
     Allow,
     /// It may not.
     Deny,
-    /// The port is HTTP by a rule: each request is to be judged with [`judge_http`].
+    /// The port is HTTP by a rule: each request is to be judged with [`judge_http`]. Only ever said of TCP.
     JudgeHttp,
 }
 
 /// IP protocol number of TCP.
 pub const TCP: u8 = 6;
+/// IP protocol number of UDP.
+pub const UDP: u8 = 17;
 
 /// Judges a connection (or a packet without one) by its L3/L4 part.
 ///
@@ -159,13 +161,17 @@ fn matches(
     http && covers(rule, access) && from(state, policy, rule, access.caller)
 }
 
-/// Whether a rule speaks of the port and protocol; an HTTP rule only of TCP.
+/// Whether a rule speaks of the port and protocol; an HTTP rule only of TCP, whatever its protocol says: nothing else
+/// is carried by the proxy, which alone sees requests.
 fn covers(rule: &Rule, access: &Access<'_>) -> bool {
+    if !rule.http.is_empty() && access.protocol != TCP {
+        return false;
+    }
     let protocol = match rule.protocol {
         Protocol::Tcp => access.protocol == TCP,
-        Protocol::Udp => access.protocol == 17,
+        Protocol::Udp => access.protocol == UDP,
         Protocol::Icmp => matches!(access.protocol, 1 | 58),
-        Protocol::Any => rule.http.is_empty() || access.protocol == TCP,
+        Protocol::Any => true,
     };
     let is_port = |port: &PortRef| match port {
         PortRef::Number(number) => *number == access.port,
@@ -223,4 +229,4 @@ fn spiffe_matches(pattern: &str, id: &str) -> bool {
 }
 
 #[cfg(test)]
-pub(crate) mod tests;
+mod tests;

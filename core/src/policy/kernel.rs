@@ -14,6 +14,10 @@ use crate::{
     workload::Workload,
 };
 
+mod services;
+
+pub use services::ServiceSubject;
+
 /// What a row says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum RowVerdict {
@@ -62,12 +66,16 @@ pub struct KernelPolicy {
     pub rows: Vec<Row>,
     /// The ranges.
     pub cidrs: Vec<CidrSubject>,
+    /// The Services with enrolled Pods of other nodes behind them, by name.
+    pub services: BTreeMap<NamespacedName, ServiceSubject>,
     /// Names for [`Row::policy`].
     pub policies: Vec<NamespacedName>,
 }
 
-/// Subjects of address ranges have this bit, those of workloads do not.
+/// Subjects of address ranges begin here, those of workloads end below.
 pub const CIDR_SUBJECT: u32 = 0x8000_0000;
+/// Subjects of Services begin here, those of address ranges end below.
+pub const SERVICE_SUBJECT: u32 = 0xc000_0000;
 
 /// Whether some policy selects the Pod, so that its rows decide.
 pub fn policed(workload: &Workload) -> bool {
@@ -102,9 +110,15 @@ pub fn compile(state: &MeshState, node: &str) -> KernelPolicy {
             }
         }
     }
+    let sources: Vec<&Workload> = subjects
+        .iter()
+        .filter(|(subject, _)| local_subjects.contains(subject))
+        .map(|(_, workload)| *workload)
+        .collect();
+    let services = services::guard(&mut out, node, &sources);
     out.rows.sort_unstable();
     out.rows.dedup();
-    KernelPolicy { rows: out.rows, cidrs, policies: out.policies }
+    KernelPolicy { rows: out.rows, cidrs, services, policies: out.policies }
 }
 
 struct Compiler<'a> {
@@ -126,12 +140,16 @@ impl Compiler<'_> {
         for &(protocol, port) in ports.iter().chain(&rest) {
             // 255 is reserved (IANA): a rule that speaks of every protocol covers it, no other does.
             let judged = if protocol == 0 { 255 } else { protocol };
-            let access = Access { caller, destination, port, protocol: judged };
-            let decision = eval::judge(self.state, &access);
-            let policy = decision.policy.as_ref().map_or(0, |name| self.policy_index(name));
-            let verdict = row_verdict(&decision, protocol);
+            let (verdict, policy) = self.judge(&Access { caller, destination, port, protocol: judged });
             self.rows.push(Row { source, destination: destination.subject, port, protocol, verdict, policy });
         }
+    }
+
+    /// What a row says of this, and the policy that decided.
+    fn judge(&mut self, access: &Access<'_>) -> (RowVerdict, u32) {
+        let decision = eval::judge(self.state, access);
+        let policy = decision.policy.as_ref().map_or(0, |name| self.policy_index(name));
+        (row_verdict(&decision, access.protocol), policy)
     }
 
     fn policy_index(&mut self, name: &NamespacedName) -> u32 {
@@ -187,16 +205,30 @@ fn cidr_subjects(state: &MeshState) -> Vec<CidrSubject> {
         .flatten()
         .copied()
         .collect();
-    let mut taken = BTreeSet::new();
-    all.iter()
-        .map(|cidr| {
-            let mut subject = hash(&cidr.to_string()) | CIDR_SUBJECT;
-            while !taken.insert(subject) {
-                subject = subject.wrapping_add(1) | CIDR_SUBJECT;
-            }
-            CidrSubject { cidr: *cidr, subject: SubjectId(subject) }
-        })
-        .collect()
+    let mut numbers = Numbers::from(CIDR_SUBJECT);
+    all.iter().map(|cidr| CidrSubject { cidr: *cidr, subject: numbers.next(&cidr.to_string()) }).collect()
+}
+
+/// Gives out subjects by hashes of names: what else there is seldom changes a number.
+struct Numbers {
+    first: u32,
+    taken: BTreeSet<u32>,
+}
+
+impl Numbers {
+    /// Numbers from this one on, a power of two of them below the next class.
+    fn from(first: u32) -> Self {
+        Self { first, taken: BTreeSet::new() }
+    }
+
+    fn next(&mut self, name: &str) -> SubjectId {
+        let mask = SERVICE_SUBJECT - CIDR_SUBJECT - 1;
+        let mut number = hash(name) & mask;
+        while !self.taken.insert(number) {
+            number = number.wrapping_add(1) & mask;
+        }
+        SubjectId(self.first | number)
+    }
 }
 
 /// FNV-1a, 32 bits: stable across processes, which `std`'s hasher is not.

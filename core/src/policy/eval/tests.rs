@@ -1,65 +1,9 @@
-use std::{collections::BTreeMap, sync::Arc};
-
 use super::*;
 use crate::{
-    MeshConfig, SubjectId, TrustDomain, WorkloadUid,
-    config::{SameNode, Telemetry, UnknownPods},
     policy::HttpRule,
     route::PathMatch,
-    state::{Delta, Resource},
-    workload::{FailMode, Owner},
+    testing::{policy, rule, state, workload},
 };
-
-pub(crate) fn config() -> MeshConfig {
-    MeshConfig {
-        trust_domain: TrustDomain::new("cluster.local").expect("valid"),
-        svid_lifetime: std::time::Duration::from_secs(3600),
-        same_node: SameNode::Shortcut,
-        unknown_pods: UnknownPods::RefuseMesh,
-        ranges: Vec::new(),
-        reveal_policy: false,
-        telemetry: Telemetry::default(),
-    }
-}
-
-pub(crate) fn workload(name: &str, subject: u32, mode: Mode, policies: &[&str]) -> Workload {
-    let domain = TrustDomain::new("cluster.local").expect("valid");
-    Workload {
-        uid: WorkloadUid::from(name),
-        name: NamespacedName::new("shop", name),
-        service_account: name.into(),
-        identity: SpiffeId::service_account(&domain, "shop", name),
-        subject: SubjectId(subject),
-        owner: Owner { kind: "Pod".into(), name: name.into() },
-        node: "node-a".into(),
-        zone: "".into(),
-        labels: BTreeMap::new(),
-        addresses: Vec::new(),
-        named_ports: BTreeMap::from([("http".to_owned(), 8080)]),
-        mode,
-        fail_mode: FailMode::Closed,
-        policies: policies.iter().map(|p| NamespacedName::new("shop", p)).collect(),
-        network_policy: false,
-        netns: None,
-    }
-}
-
-pub(crate) fn rule(sources: Option<Vec<Source>>, ports: &[u16]) -> Rule {
-    let ports = ports.iter().map(|p| PortRef::Number(*p)).collect();
-    Rule { sources, ports, protocol: Protocol::Tcp, plaintext: false, http: Vec::new() }
-}
-
-pub(crate) fn policy(name: &str, action: Action, rules: Vec<Rule>) -> Policy {
-    Policy { name: NamespacedName::new("shop", name), action, rules }
-}
-
-pub(crate) fn state(workloads: Vec<Workload>, policies: Vec<Policy>) -> MeshState {
-    let upserted = std::iter::once(Resource::Config(Arc::new(config())))
-        .chain(workloads.into_iter().map(|w| Resource::Workload(w.into())))
-        .chain(policies.into_iter().map(|p| Resource::Policy(p.into())))
-        .collect();
-    MeshState::default().apply(&Delta { full: true, upserted, ..Delta::default() })
-}
 
 fn account(name: &str) -> Source {
     Source::ServiceAccount { namespace: "shop".into(), name: Some(name.into()) }
@@ -202,5 +146,25 @@ fn spiffe_patterns() {
         ("spiffe://cluster.local/*/sa/client", false),
     ] {
         assert_eq!(spiffe_matches(pattern, CLIENT), matches, "{pattern}");
+    }
+}
+
+#[test]
+fn an_http_rule_speaks_of_tcp_only() {
+    for protocol in [Protocol::Udp, Protocol::Icmp, Protocol::Any] {
+        let mut gets = rule(None, &[]);
+        gets.protocol = protocol;
+        gets.plaintext = true;
+        gets.http = vec![HttpRule { methods: vec!["GET".into()], ..HttpRule::default() }];
+        let allow = policy("a", Action::Allow, vec![gets.clone()]);
+        let state = state(vec![workload("web", 300, Mode::Strict, &["a"])], vec![allow]);
+        let client = id(CLIENT);
+        for number in [UDP, 1, 58, 132] {
+            let answer = ask(&state, Caller::Authenticated(&client), 0, number);
+            assert_eq!(answer, (Outcome::Deny, Reason::PolicyDenied), "{protocol:?}, {number}");
+        }
+        let tcp = ask(&state, Caller::Authenticated(&client), 80, TCP).0;
+        let want = if protocol == Protocol::Any { Outcome::JudgeHttp } else { Outcome::Deny };
+        assert_eq!(tcp, want, "{protocol:?}");
     }
 }
