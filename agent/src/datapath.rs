@@ -8,7 +8,6 @@
 
 use std::{
     collections::{BTreeMap, HashSet},
-    fs, io,
     os::fd::AsFd,
     path::{Path, PathBuf},
     sync::{
@@ -29,6 +28,7 @@ mod addr;
 mod attach;
 mod error;
 mod events;
+mod exempt;
 mod listeners;
 mod loader;
 mod log;
@@ -46,11 +46,14 @@ mod slots;
 mod sys;
 mod tables;
 
-pub use attach::AttachmentStatus;
+pub use attach::{AttachmentStatus, VethHook};
 pub use error::DatapathError;
+#[cfg(feature = "fuzzing")]
+pub use events::fuzz as fuzz_event;
 pub use events::{CounterKey, EventStream, Hook, KernelEvent, KernelVerdict};
 pub use log::BpfLog;
 pub use maps::MapFill;
+pub(crate) use mounts::{cgroup2_mount, in_the_nodes_cgroups};
 pub use pods::PodSpec;
 pub use reconcile::Changes;
 pub use revoke::KernelConnection;
@@ -73,6 +76,8 @@ pub struct DatapathConfig {
     pub bpffs: PathBuf,
     /// Whether the programs log, see [`Datapath::log`].
     pub bpf_log: bool,
+    /// How packets are judged at the Pods' interfaces.
+    pub veth_hook: VethHook,
     /// Entries of maps that should differ from the object's; a map that is pinned already keeps its size.
     pub map_sizes: BTreeMap<String, u32>,
 }
@@ -83,6 +88,7 @@ impl Default for DatapathConfig {
             cgroup_root: None,
             bpffs: "/sys/fs/bpf/weft".into(),
             bpf_log: false,
+            veth_hook: VethHook::default(),
             map_sizes: BTreeMap::new(),
         }
     }
@@ -142,7 +148,8 @@ struct Inner {
 
 impl Inner {
     fn ground(&self) -> Ground<'_> {
-        Ground { maps: &self.maps, programs: &self.programs, bpffs: &self.config.bpffs }
+        let Self { maps, programs, config, .. } = self;
+        Ground { maps, programs, bpffs: &config.bpffs, hook: config.veth_hook }
     }
 
     /// Refuses to change anything once a newer agent is at work: two agents would take turns undoing each other.
@@ -233,18 +240,21 @@ impl Datapath {
     /// nothing behind and stays refused.
     pub fn enroll(&self, spec: &PodSpec) -> Result<Enrolled, DatapathError> {
         let inner = &*self.inner;
-        let netns = NetNs::open(&spec.netns)?;
-        let cookie = netns.cookie();
         let mut pods = inner.pods.lock();
         inner.in_charge()?;
+        let mut inside = inner.ground().enter(&mut pods, spec)?;
+        let cookie = inside.cookie();
         // A new sandbox of the same Pod, or a namespace that changed hands: the old one goes first.
         let stale =
             |(uid, e): &(&WorkloadUid, &pods::Enrolment)| (*uid == &spec.uid) != (e.entry.cookie == cookie);
         let stale: Vec<_> = pods.enrolled.iter().filter(stale).map(|(uid, _)| uid.clone()).collect();
-        for uid in stale {
-            self.remove_locked(&mut pods, &uid)?;
+        if !stale.is_empty() {
+            for uid in stale {
+                self.remove_locked(&mut pods, &uid)?;
+            }
+            inside = inner.ground().enter(&mut pods, spec)?;
         }
-        let sockets = inner.ground().enroll(&mut pods, spec, netns)?;
+        let sockets = inner.ground().enroll(&mut pods, spec, inside)?;
         let enrolment = pods.enrolled.get(&spec.uid).ok_or_else(|| not_enrolled(&spec.uid))?;
         inner.mark(&enrolment.entry, true)?;
         let mut listeners = PodListeners {
@@ -290,12 +300,16 @@ impl Datapath {
     ///
     /// # Errors
     /// When the namespace is gone or the map is full.
-    pub fn pass(&self, netns: &Path) -> Result<(), DatapathError> {
+    pub fn pass(&self, uid: &WorkloadUid, netns: &Path) -> Result<(), DatapathError> {
         let cookie = NetNs::open(netns)?.cookie();
         let mut pods = self.inner.pods.lock();
         self.inner.in_charge()?;
         self.inner.maps.pods.set(&cookie, &passed(cookie))?;
-        pods.passed.insert(cookie);
+        if let Some(old) = pods.passed.insert(uid.clone(), cookie)
+            && old != cookie
+        {
+            self.inner.maps.pods.delete(&old)?;
+        }
         Ok(())
     }
 
@@ -311,16 +325,20 @@ impl Datapath {
     fn remove_locked(&self, pods: &mut Pods, uid: &WorkloadUid) -> Result<(), DatapathError> {
         let inner = &*self.inner;
         inner.in_charge()?;
+        if let Some(cookie) = pods.passed.get(uid).copied() {
+            inner.maps.pods.delete(&cookie)?;
+            pods.passed.remove(uid);
+        }
         if let Some(enrolment) = pods.enrolled.remove(uid) {
             inner.ground().forget(&enrolment.entry)?;
             inner.mark(&enrolment.entry, false)?;
             pods.slots.free(enrolment.entry.cookie);
-            return enrolment.attachments.into_iter().try_for_each(Attachment::remove);
-        }
-        for entry in pins::pinned_entries(&inner.config.bpffs, &inner.maps, uid)? {
-            inner.ground().forget(&entry)?;
-            inner.mark(&entry, false)?;
-            pods.slots.free(entry.cookie);
+        } else {
+            for entry in pins::pinned_entries(&inner.config.bpffs, &inner.maps, uid)? {
+                inner.ground().forget(&entry)?;
+                inner.mark(&entry, false)?;
+                pods.slots.free(entry.cookie);
+            }
         }
         inner.ground().unpin(uid)
     }
@@ -350,9 +368,9 @@ impl Datapath {
         for enrolment in inner.pods.lock().enrolled.values_mut() {
             let (index, namespace) = (enrolment.entry.ifindex, enrolment.netns.clone());
             for attachment in &mut enrolment.attachments {
-                let target = match attachment.kind() {
-                    sys::LinkKind::Tcx => Target::Interface(index),
-                    _ => Target::Fd(namespace.as_fd()),
+                let target = match attachment.at_interface() {
+                    true => Target::Interface(index),
+                    false => Target::Fd(namespace.as_fd()),
                 };
                 statuses.push(attachment.check(&inner.programs, repair.then_some(target)));
             }
@@ -427,7 +445,7 @@ impl Datapath {
             }
         }
         kept.extend(pods.enrolled.values().map(|e| e.entry.cookie));
-        kept.extend(&pods.passed);
+        kept.extend(pods.passed.values());
         for (cookie, entry) in inner.maps.pods.entries()? {
             if !kept.contains(&cookie) {
                 if entry.flags & pod::PASS == 0 {
@@ -452,23 +470,14 @@ impl Datapath {
         revoke::revoke(&self.inner.pods.lock(), &self.inner.maps, denied)
     }
 
-    /// Takes everything out of the kernel that is pinned in `bpffs`: every Pod passes untouched afterwards. Only an
-    /// explicit uninstall may do that.
+    /// Takes everything out of the kernel that is pinned or noted in `bpffs`: every Pod passes untouched afterwards.
+    /// Only an explicit uninstall may do that, in the agent's own network namespace. An agent that still runs repairs
+    /// nothing afterwards.
     ///
     /// # Errors
     /// When a pin cannot be removed.
     pub fn uninstall(bpffs: &Path) -> Result<(), DatapathError> {
-        // Links first: programs without their maps' pins would still run, maps without programs do nothing.
-        for folder in ["links", "maps"] {
-            let path = bpffs.join(folder);
-            match fs::remove_dir_all(&path) {
-                Err(source) if source.kind() != io::ErrorKind::NotFound => {
-                    return Err(DatapathError::Pin { path, source });
-                }
-                _ => {}
-            }
-        }
-        Ok(())
+        pins::uninstall(bpffs)
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::{
     fs::{self, File},
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     sync::{Mutex, MutexGuard, PoisonError},
 };
@@ -42,6 +43,14 @@ impl Cgroup {
         let cgroup = Self { path, home: root.join(home), _turn: turn };
         join(&cgroup.path)?;
         Ok(cgroup)
+    }
+
+    /// Its id: what `bpf_skb_cgroup_id` tells of the sockets that are made while it is held.
+    ///
+    /// # Errors
+    /// It is gone.
+    pub fn id(&self) -> Result<u64> {
+        Ok(fs::metadata(&self.path)?.ino())
     }
 }
 

@@ -11,6 +11,8 @@ pub enum Body {
     Tcp(u16, u16, u8),
     /// A UDP datagram.
     Udp(u16, u16),
+    /// An SCTP packet.
+    Sctp(u16, u16),
     /// ICMP or ICMPv6 with this type and identifier: (IPv4 type, IPv6 type, identifier).
     Icmp(u8, u8, u16),
     /// Anything else: a protocol number and eight bytes.
@@ -66,11 +68,11 @@ impl Packet {
                 bytes[13] = flags;
                 (proto::TCP, bytes)
             }
-            Body::Udp(sport, dport) => {
+            Body::Udp(sport, dport) | Body::Sctp(sport, dport) => {
                 let mut bytes = vec![0; 16];
                 bytes[..2].copy_from_slice(&sport.to_be_bytes());
                 bytes[2..4].copy_from_slice(&dport.to_be_bytes());
-                (proto::UDP, bytes)
+                (if matches!(self.body, Body::Udp(..)) { proto::UDP } else { proto::SCTP }, bytes)
             }
             Body::Icmp(type4, type6, id) => {
                 let mut bytes = vec![0; 16];

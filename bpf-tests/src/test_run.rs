@@ -8,6 +8,11 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use aya::{Ebpf, programs::Program};
 
+/// The packet goes on to the next program (`TC_ACT_UNSPEC`, -1).
+pub const PASS: u32 = u32::MAX;
+/// The packet is dropped (`TC_ACT_SHOT`).
+pub const DROP: u32 = 2;
+
 const BPF_PROG_TEST_RUN: libc::c_long = 10;
 
 /// The part of `union bpf_attr` that the command reads (linux/bpf.h).

@@ -13,8 +13,8 @@ use aya_obj::{Object, generated::bpf_map_type};
 use weft_bpf_tests::object;
 use weft_core::flow::Reason;
 use weft_ebpf_common::{
-    AddrInfo, Config, CountKey, Event, FragKey, ListenerKey, OrigDst, Pod, PolicyKey, PolicyVal, SkMeta,
-    Tuple, VipKey,
+    AddrInfo, Config, CountKey, Event, FragKey, ListenerKey, OrigDst, Pod, PolicyKey, PolicyVal, Probe,
+    SkMeta, Tuple, VipKey,
     codes::{map, program, reason, stat, subject},
 };
 
@@ -87,6 +87,7 @@ fn sizes_and_offsets_agree() {
     agree!(structs, PolicyKey { src, dst, port, proto, pad });
     agree!(structs, PolicyVal { verdict, pad, policy });
     agree!(structs, FragKey { src, dst, id, proto, hook, pad });
+    agree!(structs, Probe { seen, cgroup });
     agree!(structs, CountKey { src, dst, reason, dir, verdict, proto });
     agree!(structs, Config { flags, generation });
     agree!(
@@ -120,7 +121,7 @@ fn maps_have_the_types_and_sizes_that_user_space_takes_them_for() {
         BPF_MAP_TYPE_PERCPU_HASH as PERCPU_HASH, BPF_MAP_TYPE_RINGBUF as RINGBUF,
         BPF_MAP_TYPE_SK_STORAGE as SK_STORAGE, BPF_MAP_TYPE_SOCKHASH as SOCKHASH,
     };
-    let want: [(&str, bpf_map_type, usize, usize); 17] = [
+    let want: [(&str, bpf_map_type, usize, usize); 19] = [
         (map::PODS, HASH, 8, size_of::<Pod>()),
         (map::VETHS, HASH, 4, size_of::<Pod>()),
         (map::POD_ADDRS, HASH, 16, size_of::<Pod>()),
@@ -138,6 +139,8 @@ fn maps_have_the_types_and_sizes_that_user_space_takes_them_for() {
         (map::STATS, PERCPU_ARRAY, 4, 8),
         (map::CONFIG, ARRAY, 4, size_of::<Config>()),
         (map::EVENTS, RINGBUF, 0, 0),
+        (map::KUBELETS, HASH, 8, 4),
+        (map::PROBES, LRU_HASH, size_of::<Tuple>(), size_of::<Probe>()),
     ];
     let bytes = object().unwrap();
     let object = Object::parse(&bytes).unwrap();

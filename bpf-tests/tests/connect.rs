@@ -173,29 +173,62 @@ fn a_kernel_path_connect_is_marked_and_not_rewritten() {
     assert_eq!(world.maps().stat(stat::PASSED_KERNEL).unwrap(), 2);
 }
 
+/// What an unknown namespace gets by each of the two rules (RefuseMesh, RefuseAll): refused or not.
 #[test]
-fn an_unknown_namespace_may_not_call_the_mesh() {
+fn an_unknown_namespace_is_refused_as_the_rule_says_and_told_of() {
     let mut world = World::new(pod::PERMISSIVE).unwrap();
     let stranger = Netns::new(&[]).unwrap();
-    let dial = |to: IpAddr| {
-        stranger
-            .run(|| Ok(TcpStream::connect_timeout(&SocketAddr::new(to, 80), Duration::from_secs(5))))
-            .unwrap()
-    };
+    let mut dialled = 0;
     for family in &FAMILIES {
-        world.maps().events().unwrap();
-        assert!(refused(&dial(family.service)));
-        let told = world.maps().events().unwrap();
-        assert_eq!((told[0].kind, told[0].reason), (event::UNKNOWN_NETNS, reason::UNKNOWN_PEER));
-        assert_eq!(told[0].netns, stranger.cookie());
-        // Elsewhere only where the switch does not say otherwise; there is no route, so it is another error.
-        assert!(!refused(&dial(family.world)));
-        let all = weft_ebpf_common::Config { flags: config::UNKNOWN_REFUSE_ALL, generation: 1 };
-        set_config(&mut world, all);
-        assert!(refused(&dial(family.world)));
-        set_config(&mut world, weft_ebpf_common::Config::default());
+        world.maps().describe(family.peer, PEER, info::ENROLLED).unwrap();
+        world.maps().describe_range(family.peer, 24, 0, info::MESH_RANGE).unwrap();
+        let (nobody, outside): (IpAddr, IpAddr) = if family.own.is_ipv4() {
+            ([10, 9, 0, 77].into(), [192, 0, 2, 77].into())
+        } else {
+            ("fd00:9::77".parse().unwrap(), "2001:db8::77".parse().unwrap())
+        };
+        // A Pod outside the mesh is described, and is no part of it.
+        world.maps().describe(family.world, PEER + 1, 0).unwrap();
+        for (to, refused_by) in [
+            (family.peer, [true, true]),
+            (family.service, [true, true]),
+            (nobody, [true, true]),
+            (family.world, [false, true]),
+            (outside, [false, true]),
+        ] {
+            for (flags, want) in [0, config::UNKNOWN_REFUSE_ALL].into_iter().zip(refused_by) {
+                set_config(&mut world, weft_ebpf_common::Config { flags, generation: 1 });
+                let to = SocketAddr::new(to, 80);
+                let result =
+                    stranger.run(|| Ok(TcpStream::connect_timeout(&to, Duration::from_secs(5)))).unwrap();
+                // What is not refused has no route: another error.
+                assert_eq!(refused(&result), want, "{to}, flags {flags}: {result:?}");
+                dialled += 1;
+                assert_eq!(world.maps().stat(stat::UNKNOWN_NETNS).unwrap(), dialled);
+                let told = world.maps().events().unwrap();
+                assert_eq!(told.len(), 1, "{told:?}");
+                let told = told[0];
+                let (verdict, why) = if want {
+                    (outcome::DENIED, reason::UNKNOWN_PEER)
+                } else {
+                    (outcome::FORWARDED, reason::NONE)
+                };
+                assert_eq!((told.kind, told.verdict, told.reason), (event::UNKNOWN_NETNS, verdict, why));
+                assert_eq!((told.netns, told.pid), (stranger.cookie(), std::process::id()));
+                assert_eq!((told.dst, told.dport, told.src_subject), (addr(to.ip()), 80, 0));
+            }
+        }
     }
-    assert_eq!(world.maps().stat(stat::UNKNOWN_NETNS).unwrap(), 6);
+    // Its own loopback is nobody's business, whatever the rule.
+    for loopback in [IpAddr::from([127, 0, 0, 1]), Ipv6Addr::LOCALHOST.into()] {
+        stranger
+            .run(|| {
+                let listener = TcpListener::bind((loopback, 0))?;
+                Ok(TcpStream::connect(listener.local_addr()?)?)
+            })
+            .unwrap();
+    }
+    assert_eq!(world.maps().stat(stat::UNKNOWN_NETNS).unwrap(), dialled);
 }
 
 fn set_config(world: &mut World, value: weft_ebpf_common::Config) {

@@ -15,26 +15,30 @@ use proptest::{
 use weft_bpf_tests::{
     enrolled::Enrolled,
     packet::{Body, Packet},
-    tables::{FAMILIES, Family, Maps, addr},
-    test_run::run,
+    tables::{FAMILIES, Family, Maps, OWN, PEER, addr},
+    test_run::{PASS, run},
 };
 use weft_core::{
     MeshState, SubjectId,
     policy::{
+        Action,
         eval::{self, Access, Caller, Outcome},
-        kernel::{self, KernelPolicy, Row, RowVerdict},
+        kernel::{self, KernelPolicy, RowVerdict},
+    },
+    testing::{
+        NODE,
+        generate::{CALLERS, Case, Flow, From, SERVER, case},
+        outside_subject, policy, row_verdict, state, workload,
     },
     workload::Mode,
 };
 use weft_ebpf_common::{
-    Pod, PolicyKey, PolicyVal,
-    codes::{info, kind, map, pod, program, proto, verdict},
+    Pod,
+    codes::{info, kind, map, pod, program, proto},
 };
 
-#[path = "policy/generate.rs"]
-mod generate;
-
-use generate::{CALLERS, Case, Flow, From, SERVER, case, mesh};
+#[path = "shared/rows.rs"]
+mod rows;
 
 const SETS: usize = 2_500;
 const FLOWS: usize = 4;
@@ -56,21 +60,13 @@ fn judge(state: &MeshState, flow: &Flow) -> Outcome {
 fn by_rows(state: &MeshState, compiled: &KernelPolicy, mode: Mode, flow: &Flow) -> Outcome {
     let source = match flow.from {
         From::Pod(caller, _) => SubjectId(CALLERS[caller].1),
-        From::Outside(ip) => {
-            let around = compiled.cidrs.iter().filter(|class| class.cidr.contains(ip));
-            around.max_by_key(|class| class.cidr.prefix).map_or(SubjectId::WORLD, |class| class.subject)
-        }
+        From::Outside(ip) => outside_subject(compiled, ip),
     };
     if !kernel::policed(state.workload(&SERVER.0.into()).unwrap()) {
         let open = matches!(flow.from, From::Pod(..)) || mode != Mode::Strict;
         return if open { Outcome::Allow } else { Outcome::Deny };
     }
-    let find = |port: u16, protocol: u8| {
-        let pair = |row: &&Row| row.source == source && row.destination == SubjectId(SERVER.1);
-        compiled.rows.iter().filter(pair).find(|row| (row.port, row.protocol) == (port, protocol))
-    };
-    let row = find(flow.port, flow.protocol).or_else(|| find(0, flow.protocol)).or_else(|| find(0, 0));
-    match row.map_or(RowVerdict::Deny, |row| row.verdict) {
+    match row_verdict(compiled, source, SubjectId(SERVER.1), flow.port, flow.protocol) {
         RowVerdict::Allow | RowVerdict::AllowPlaintext => Outcome::Allow,
         RowVerdict::Deny => Outcome::Deny,
         RowVerdict::Proxy => Outcome::JudgeHttp,
@@ -82,10 +78,6 @@ struct Kernel {
     world: Enrolled,
     loaded: KernelPolicy,
     sport: u16,
-}
-
-fn key(row: &Row) -> PolicyKey {
-    PolicyKey { src: row.source.0, dst: row.destination.0, port: row.port, proto: row.protocol, pad: 0 }
 }
 
 impl Kernel {
@@ -101,25 +93,8 @@ impl Kernel {
     fn load(&mut self, state: &MeshState, case: &Case, compiled: &KernelPolicy) {
         let old = std::mem::replace(&mut self.loaded, compiled.clone());
         let mut maps = self.maps();
-        for row in &old.rows {
-            maps.delete::<_, PolicyVal>(map::POLICY, key(row)).unwrap();
-        }
-        for class in &old.cidrs {
-            maps.forget_range(class.cidr.address, class.cidr.prefix.into()).unwrap();
-        }
-        for row in &compiled.rows {
-            let verdict = match row.verdict {
-                RowVerdict::Allow => verdict::ALLOW,
-                RowVerdict::AllowPlaintext => verdict::ALLOW_PLAINTEXT,
-                RowVerdict::Deny => verdict::DENY,
-                RowVerdict::Proxy => verdict::PROXY,
-            };
-            maps.set(map::POLICY, key(row), PolicyVal { verdict, pad: [0; 3], policy: row.policy }).unwrap();
-        }
-        for class in &compiled.cidrs {
-            let prefix = class.cidr.prefix.into();
-            maps.describe_range(class.cidr.address, prefix, class.subject.0, info::CIDR).unwrap();
-        }
+        rows::remove(&mut maps, &old);
+        rows::insert(&mut maps, compiled);
         let mut flags = info::LOCAL | info::SHORTCUT_OK;
         if case.mode == Mode::Strict {
             flags |= info::STRICT;
@@ -162,10 +137,10 @@ impl Kernel {
         let mut passed = Vec::new();
         if let From::Pod(caller, _) = flow.from {
             self.become_caller(caller);
-            passed.push(run(&self.world.attached.bpf, program::FROM_POD, &frame).unwrap() == 0);
+            passed.push(run(&self.world.attached.bpf, program::FROM_POD, &frame).unwrap() == PASS);
         }
         self.become_server(mode);
-        passed.push(run(&self.world.attached.bpf, program::TO_POD, &frame).unwrap() == 0);
+        passed.push(run(&self.world.attached.bpf, program::TO_POD, &frame).unwrap() == PASS);
         passed
     }
 
@@ -216,13 +191,14 @@ impl Tally {
 #[test]
 fn the_interpreter_the_rows_and_the_kernel_agree() {
     let mut random = TestRunner::deterministic();
+    assert_eq!(SERVER.1, PEER, "the real maps describe the server at the other Pod's addresses");
     let strategy = case(FLOWS);
     let mut kernel = Kernel::new();
     let (mut host, mut packets, mut connects) = (Tally::default(), Tally::default(), Tally::default());
     for set in 0..SETS {
         let case = strategy.new_tree(&mut random).unwrap().current();
-        let state = mesh(&case);
-        let compiled = kernel::compile(&state, "node-a");
+        let state = case.mesh();
+        let compiled = kernel::compile(&state, NODE);
         let wanted: Vec<_> = case.flows.iter().map(|flow| judge(&state, flow)).collect();
         for (flow, &want) in case.flows.iter().zip(&wanted) {
             host.add(want);
@@ -259,4 +235,38 @@ fn the_interpreter_the_rows_and_the_kernel_agree() {
     assert!(packets.total() >= 500 && packets.allow >= 100 && packets.deny >= 100, "{packets:?}");
     assert!(connects.total() >= 100 && connects.allow >= 10 && connects.deny >= 10);
     assert!(connects.http >= 10, "{connects:?}");
+}
+
+/// Two Pods with one service account, of which a label puts one under a policy: each has its own verdict.
+#[test]
+fn two_pods_of_one_account_are_judged_by_their_own_policies() {
+    let (plain, canary) = (302, 303);
+    let mut twin = workload("web", canary, Mode::Strict, &["p"]);
+    twin.uid = "canary".into();
+    let pods =
+        vec![workload("caller", OWN, Mode::Permissive, &[]), workload("web", plain, Mode::Strict, &[]), twin];
+    assert_eq!(pods[1].identity, pods[2].identity);
+    // An ALLOW that names nobody.
+    let compiled = kernel::compile(&state(pods, vec![policy("p", Action::Allow, vec![])]), NODE);
+
+    let mut world = Enrolled::new(pod::PERMISSIVE).unwrap();
+    let row = world.row;
+    let mut maps = world.maps();
+    rows::insert(&mut maps, &compiled);
+    maps.set(map::VETHS, 1_u32, row).unwrap();
+    let flags = info::LOCAL | info::SHORTCUT_OK | info::STRICT;
+    maps.describe_both(|family| family.peer, plain, flags).unwrap();
+    maps.describe_both(|family| family.world, canary, flags | info::POLICED).unwrap();
+    for family in &FAMILIES {
+        for (to, subject, allowed) in [(family.peer, plain, true), (family.world, canary, false)] {
+            let dialled = world.dial(SocketAddr::new(to, 80)).unwrap_err().kind();
+            let want = if allowed { ErrorKind::NetworkUnreachable } else { ErrorKind::ConnectionRefused };
+            assert_eq!(dialled, want, "{to}");
+            let frame = Packet::new(family.own, to, Body::Udp(4_000, 53)).frame();
+            let left = run(&world.attached.bpf, program::FROM_POD, &frame).unwrap() == PASS;
+            assert_eq!(left, allowed, "{to}");
+            let told = world.maps().events().unwrap();
+            assert!(told.len() == 2 && told.iter().all(|told| told.dst_subject == subject), "{told:?}");
+        }
+    }
 }

@@ -13,7 +13,7 @@ use weft_bpf_tests::{
     load,
     packet::{Body, Packet},
     tables::{FAMILIES, Family, Maps, OWN, PEER, own_pod},
-    test_run::run,
+    test_run::{DROP, PASS, run},
 };
 use weft_ebpf_common::codes::{
     event, info, map, outcome, pod, program, proto, reason, stat, subject, verdict,
@@ -21,8 +21,6 @@ use weft_ebpf_common::codes::{
 
 const FROM: &str = program::FROM_POD;
 const TO: &str = program::TO_POD;
-const PASS: u32 = 0;
-const DROP: u32 = 2;
 const SYN: u8 = 2;
 const ACK: u8 = 16;
 

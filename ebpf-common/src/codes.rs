@@ -37,10 +37,14 @@ pub mod map {
     pub const CONFIG: &str = "CONFIG";
     /// Ring buffer of [`crate::Event`].
     pub const EVENTS: &str = "EVENTS";
+    /// cgroup2 id to 1: where the node's kubelet runs.
+    pub const KUBELETS: &str = "KUBELETS";
+    /// [`crate::Tuple`] to [`crate::Probe`]: the kubelet's SYNs on their way into a Pod.
+    pub const PROBES: &str = "PROBES";
     /// Every map that is pinned, in the order they are created.
-    pub const ALL: [&str; 17] = [
+    pub const ALL: [&str; 19] = [
         PODS, VETHS, POD_ADDRS, SK_META, ORIG_DST, CLIENT_OF, LISTENERS, ADDRS, CIDRS, VIP_DENIED, POLICY,
-        FLOWS, FRAGS, COUNTS, STATS, CONFIG, EVENTS,
+        FLOWS, FRAGS, COUNTS, STATS, CONFIG, EVENTS, KUBELETS, PROBES,
     ];
 }
 
@@ -223,9 +227,10 @@ pub mod info {
     pub const ENROLLED: u32 = 1;
     /// That Pod is on this node.
     pub const LOCAL: u32 = 2;
-    /// That Pod is strict.
+    /// That Pod is strict; with [`SERVICE`]: an enrolled Pod of another node behind it is.
     pub const STRICT: u32 = 4;
-    /// Rows exist for that Pod; a missing one means deny.
+    /// Rows exist for that Pod; a missing one means deny. With [`SERVICE`]: enrolled Pods of other nodes are behind
+    /// it, and rows with its subject say what they take that is not TCP ([`crate::judge::judge_service`]).
     pub const POLICED: u32 = 8;
     /// May be reached in the kernel from a local Pod.
     pub const SHORTCUT_OK: u32 = 16;
@@ -319,8 +324,10 @@ pub mod stat {
     pub const STEERED: u32 = 19;
     /// Map updates that failed (a full map, no memory).
     pub const MAP_FULL: u32 = 20;
+    /// Connections of the kubelet that passed.
+    pub const PROBE_PASSED: u32 = 21;
     /// The number of counters.
-    pub const COUNT: u32 = 21;
+    pub const COUNT: u32 = 22;
     /// Their names for metrics, by index.
     pub const NAMES: [&str; COUNT as usize] = [
         "redirected",
@@ -344,6 +351,7 @@ pub mod stat {
         "failed_open",
         "steered",
         "map_full",
+        "probe_passed",
     ];
 }
 
@@ -351,3 +359,7 @@ pub mod stat {
 pub const FLOW_IDLE_NS: u64 = 60_000_000_000;
 /// Later fragments are taken for this long after the first one (ns); Linux reassembles for 30 s.
 pub const FRAG_IDLE_NS: u64 = 30_000_000_000;
+/// The kubelet's SYN is let in for this long after it was seen (ns). The way from the interface to the socket takes
+/// microseconds, a SYN that is sent again is seen again; the rest is for the ACK of a SYN cookie, which is looked up
+/// like a SYN.
+pub const PROBE_FRESH_NS: u64 = 3_000_000_000;

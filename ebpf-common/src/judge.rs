@@ -84,6 +84,22 @@ pub fn judge(query: &Query, mut rows: impl FnMut(&PolicyKey) -> Option<PolicyVal
     }
 }
 
+/// Judges what is not TCP towards a Service with rows ([`info::POLICED`]), where plaintext would cross nodes and one
+/// side is strict. The packet is not addressed to an endpoint yet, so the Service's own row of this very port decides:
+/// only a row that allows plaintext lets pass.
+#[inline(always)]
+pub fn judge_service(query: &Query, mut rows: impl FnMut(&PolicyKey) -> Option<PolicyVal>) -> Judgement {
+    let key = PolicyKey { src: query.src, dst: query.dst, port: query.port, proto: query.proto, pad: 0 };
+    let (row, policy) = rows(&key).map_or((0, 0), |row| (row.verdict, row.policy));
+    let (verdict, reason) = match row {
+        verdict::ALLOW_PLAINTEXT => (verdict::ALLOW_PLAINTEXT, reason::NONE),
+        verdict::DENY if policy != 0 => (verdict::DENY, reason::POLICY_DENY_RULE),
+        verdict::DENY => (verdict::DENY, reason::POLICY_DENIED),
+        _ => (verdict::DENY, reason::PLAINTEXT_REFUSED),
+    };
+    Judgement { verdict, reason, policy }
+}
+
 /// The subject of a client whose address is all that is known: the class of its address in the policies' CIDRs.
 #[inline(always)]
 pub fn outside_subject(class: Option<(u32, u32)>) -> u32 {
@@ -140,6 +156,30 @@ mod tests {
         assert_eq!(judged.reason, reason::POLICY_DENIED);
         let judged = judge(&query(80, 6, true, POLICED), |_| Some(row(0, 0, verdict::DENY).1));
         assert_eq!((judged.reason, judged.policy), (reason::POLICY_DENY_RULE, 7));
+    }
+
+    #[test]
+    fn a_service_takes_only_what_a_row_of_the_port_allows_in_plaintext() {
+        let ask = |verdict, policy| {
+            let val = PolicyVal { verdict, pad: [0; 3], policy };
+            let judged = judge_service(&query(53, 17, true, info::SERVICE | info::POLICED), |key| {
+                (key.port == 53 && key.proto == 17).then_some(val)
+            });
+            (judged.denied(), judged.reason, judged.policy)
+        };
+        assert_eq!(ask(verdict::ALLOW_PLAINTEXT, 7), (false, reason::NONE, 7));
+        assert_eq!(ask(verdict::ALLOW, 7), (true, reason::PLAINTEXT_REFUSED, 7));
+        assert_eq!(ask(verdict::PROXY, 7), (true, reason::PLAINTEXT_REFUSED, 7));
+        assert_eq!(ask(verdict::DENY, 7), (true, reason::POLICY_DENY_RULE, 7));
+        assert_eq!(ask(verdict::DENY, 0), (true, reason::POLICY_DENIED, 0));
+        // Rows of other ports, of the protocol or of the pair say nothing of this one.
+        for (port, proto) in [(54, 17), (0, 17), (0, 0), (53, 132)] {
+            let allow = PolicyVal { verdict: verdict::ALLOW_PLAINTEXT, pad: [0; 3], policy: 7 };
+            let judged = judge_service(&query(53, 17, true, info::SERVICE | info::POLICED), |key| {
+                ((key.port, key.proto) == (port, proto)).then_some(allow)
+            });
+            assert_eq!((judged.denied(), judged.reason), (true, reason::PLAINTEXT_REFUSED));
+        }
     }
 
     #[test]

@@ -45,10 +45,18 @@ shared! {
 
     /// What is known of an address or a range. Value of `ADDRS`, `CIDRS`.
     AddrInfo = 8 {
-        /// The policy subject.
+        /// The policy subject; of a Service the number of its rows, which is nobody's identity and never reported.
         subject: u32,
         /// [`crate::codes::info`].
         flags: u32,
+    }
+
+    /// A SYN of the kubelet. Value of `PROBES`.
+    Probe = 16 {
+        /// When it entered the Pod's interface (ns, monotonic clock).
+        seen: u64,
+        /// The sender's cgroup2 id.
+        cgroup: u64,
     }
 
     /// What is known of a socket. Value of `SK_META`.

@@ -149,9 +149,10 @@ fn judge<const V6: bool>(call: &Call<'_, V6>, own: &Pod, sk: *mut aya_ebpf::bind
     if !tables::is_mesh(found.flags) {
         return PASS;
     }
+    let reported = tables::reported(&found);
     if call.port == TUNNEL_PORT {
         events::count(stat::TUNNEL_DIALLED);
-        report(call, own, outcome::DENIED, reason::TUNNEL_PORT_DIALLED, found.subject, 0);
+        report(call, own, outcome::DENIED, reason::TUNNEL_PORT_DIALLED, reported, 0);
         return refuse();
     }
     if found.flags & info::ENROLLED != 0 {
@@ -176,10 +177,10 @@ fn judge<const V6: bool>(call: &Call<'_, V6>, own: &Pod, sk: *mut aya_ebpf::bind
         if let Some(&policy) = unsafe { VIP_DENIED.get(key) } {
             let why = if policy == 0 { reason::POLICY_DENIED } else { reason::POLICY_DENY_RULE };
             let judged = Judgement { verdict: verdict::DENY, reason: why, policy };
-            return deny(call, own, found.subject, &judged);
+            return deny(call, own, reported, &judged);
         }
     }
-    redirect(call, own, sk, found.subject)
+    redirect(call, own, sk, reported)
 }
 
 #[inline(always)]

@@ -8,7 +8,7 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use weft_ebpf_common::{
-    Addr, AddrInfo, Config, CountKey, Event, FragKey, ListenerKey, OrigDst, Pod, PolicyKey, PolicyVal,
+    Addr, AddrInfo, Config, CountKey, Event, FragKey, ListenerKey, OrigDst, Pod, PolicyKey, PolicyVal, Probe,
     SkMeta, Tuple, VipKey, codes::stat,
 };
 
@@ -69,6 +69,14 @@ pub(crate) static FLOWS: LruHashMap<Tuple, u64, 131_072> = LruHashMap::new();
 /// Datagrams whose first fragment passed.
 #[btf_map]
 pub(crate) static FRAGS: LruHashMap<FragKey, u64, 8_192> = LruHashMap::new();
+
+/// The cgroups of the node's kubelet.
+#[btf_map]
+pub(crate) static KUBELETS: HashMap<u64, u32, 16, GROW> = HashMap::new();
+
+/// The kubelet's SYNs between the packet hook and the choice of the socket.
+#[btf_map]
+pub(crate) static PROBES: LruHashMap<Tuple, Probe, 8_192> = LruHashMap::new();
 
 /// Exact counters of decisions.
 #[btf_map]

@@ -2,15 +2,18 @@
 
 use aya_ebpf::{bindings::bpf_sk_lookup, programs::SkLookupContext};
 use weft_ebpf_common::{
-    Addr, CountKey, Event, ListenerKey, Pod, addr,
-    codes::{TUNNEL_PORT, direction, event, info, listener, outcome, pod, proto, reason, stat, verdict},
+    Addr, CountKey, Event, ListenerKey, Pod, Probe, Tuple, addr,
+    codes::{
+        PROBE_FRESH_NS, TUNNEL_PORT, direction, event, info, listener, outcome, pod, proto, reason, stat,
+        subject, verdict,
+    },
     judge::{Judgement, Query},
 };
 
 use crate::{
     events,
     log::trace_line,
-    maps::{LISTENERS, POD_ADDRS},
+    maps::{LISTENERS, POD_ADDRS, PROBES},
     tables,
 };
 
@@ -99,6 +102,12 @@ fn ends(raw: *mut bpf_sk_lookup) -> Ends {
 /// A connection that comes neither through a tunnel nor from this Pod itself.
 #[inline(always)]
 fn inbound(ctx: &SkLookupContext, ends: &Ends, own: &Pod) -> u32 {
+    if let Some(probe) = probe(ends, own) {
+        events::count(stat::PROBE_PASSED);
+        let passed = Judgement { verdict: verdict::ALLOW, reason: reason::NONE, policy: 0 };
+        report(ends, own, (subject::HOST, probe.cgroup), outcome::FORWARDED, &passed);
+        return PASS;
+    }
     let dst_flags = tables::destination(&ends.local, own.flags);
     let strict = own.flags & pod::STRICT != 0 || dst_flags & info::STRICT != 0;
     let dst_flags = if strict { dst_flags | info::STRICT } else { dst_flags };
@@ -117,7 +126,7 @@ fn inbound(ctx: &SkLookupContext, ends: &Ends, own: &Pod) -> u32 {
     if authenticated && judged.verdict != verdict::PROXY {
         if dst_flags & info::SHORTCUT_OK != 0 {
             events::count(stat::PASSED_KERNEL);
-            report(ends, own, src, outcome::FORWARDED, &judged);
+            report(ends, own, (src, 0), outcome::FORWARDED, &judged);
             return PASS;
         }
         if strict {
@@ -129,6 +138,26 @@ fn inbound(ctx: &SkLookupContext, ends: &Ends, own: &Pod) -> u32 {
     steer(ctx, own.slot, kind, 0, own.flags & pod::FAIL_OPEN != 0)
 }
 
+/// The kubelet's own connection, as the packet hook at the interface told.
+///
+/// It stays told after this: the ACK of a SYN cookie is looked up once more.
+#[inline(always)]
+fn probe(ends: &Ends, own: &Pod) -> Option<Probe> {
+    let key = Tuple {
+        netns: own.cookie,
+        src: ends.remote,
+        dst: ends.local,
+        sport: ends.remote_port,
+        dport: ends.local_port,
+        proto: proto::TCP,
+        pad: [0; 3],
+    };
+    let told = PROBES.get_ptr(&key)?;
+    // SAFETY: two aligned words; rows are replaced whole, and either one was true.
+    let told = unsafe { told.read() };
+    (events::now().wrapping_sub(told.seen) < PROBE_FRESH_NS).then_some(told)
+}
+
 #[inline(always)]
 fn deny(ctx: &SkLookupContext, ends: &Ends, own: &Pod, src: u32, judged: &Judgement) -> u32 {
     let which = if judged.reason == reason::PLAINTEXT_REFUSED {
@@ -137,7 +166,7 @@ fn deny(ctx: &SkLookupContext, ends: &Ends, own: &Pod, src: u32, judged: &Judgem
         stat::DENIED_INBOUND
     };
     events::count(which);
-    report(ends, own, src, outcome::DENIED, judged);
+    report(ends, own, (src, 0), outcome::DENIED, judged);
     trace_line!(ctx, "sk_lookup: subject {} to port {} refused", src, ends.local_port);
     DROP
 }
@@ -161,7 +190,7 @@ fn steer(ctx: &SkLookupContext, slot: u32, kind: u8, port: u16, fail_open: bool)
 }
 
 #[inline(always)]
-fn report(ends: &Ends, own: &Pod, src: u32, outcome: u8, judged: &Judgement) {
+fn report(ends: &Ends, own: &Pod, (src, cgroup): (u32, u64), outcome: u8, judged: &Judgement) {
     events::decision(&CountKey {
         src,
         dst: own.subject,
@@ -174,7 +203,7 @@ fn report(ends: &Ends, own: &Pod, src: u32, outcome: u8, judged: &Judgement) {
         ktime: events::now(),
         cookie: 0,
         netns: own.cookie,
-        cgroup: 0,
+        cgroup,
         src: ends.remote,
         dst: ends.local,
         sport: ends.remote_port,

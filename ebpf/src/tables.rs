@@ -3,8 +3,8 @@
 use aya_ebpf::btf_maps::lpm_trie::Key;
 use weft_ebpf_common::{
     Addr, AddrInfo, PolicyKey, PolicyVal,
-    codes::{info, pod},
-    judge::{Judgement, Query, judge, outside_subject},
+    codes::{info, pod, subject},
+    judge::{Judgement, Query, judge, judge_service, outside_subject},
 };
 
 use crate::maps::{ADDRS, CIDRS, CONFIG, POLICY};
@@ -41,6 +41,21 @@ pub(crate) fn is_mesh(flags: u32) -> bool {
 #[inline(always)]
 pub(crate) fn outside(addr: &Addr) -> u32 {
     outside_subject(range(addr).map(|found| (found.subject, found.flags)))
+}
+
+/// The subject to report of a destination: a Service has none.
+#[inline(always)]
+pub(crate) fn reported(found: &AddrInfo) -> u32 {
+    // Without a branch, which the compiler would make of it: the verifier would walk all that follows twice.
+    found.subject & core::hint::black_box((found.flags & info::SERVICE) / info::SERVICE).wrapping_sub(1)
+}
+
+const _: () = assert!(subject::UNKNOWN == 0);
+
+/// The verdict of a Service's rows on what is not TCP.
+#[inline(always)]
+pub(crate) fn service_verdict(query: &Query) -> Judgement {
+    judge_service(query, row)
 }
 
 /// The verdict over the rows of the map.

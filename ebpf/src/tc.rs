@@ -1,12 +1,12 @@
 //! `tc` at the host side of a Pod's interface: forged sources, TCP beside the proxy, and everything that is not TCP.
 
 use aya_ebpf::{
-    bindings::{TC_ACT_OK, TC_ACT_SHOT},
-    helpers::generated::{bpf_sk_fullsock, bpf_skb_load_bytes},
+    bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC},
+    helpers::generated::{bpf_sk_fullsock, bpf_skb_cgroup_id, bpf_skb_load_bytes},
     programs::TcContext,
 };
 use weft_ebpf_common::{
-    Addr, AddrInfo, FragKey, Pod, Tuple, addr,
+    Addr, AddrInfo, FragKey, Pod, Probe, Tuple, addr,
     codes::{FLOW_IDLE_NS, FRAG_IDLE_NS, info, kind, pod, proto, reason, stat, verdict},
     judge::{Judgement, Query},
     packet::{ETH_IP4, ETH_IP6, ETH_LEN, Load, Packet, fragment, parse, tcp},
@@ -14,7 +14,7 @@ use weft_ebpf_common::{
 
 use crate::{
     events,
-    maps::{FLOWS, FRAGS, VETHS},
+    maps::{FLOWS, FRAGS, KUBELETS, PROBES, VETHS},
     sock, tables,
 };
 
@@ -39,7 +39,7 @@ impl Load for Skb<'_> {
 #[inline(always)]
 pub(crate) fn from_pod(ctx: &TcContext) -> i32 {
     let Some((own, ethertype)) = subject_to_judgement(ctx) else {
-        return TC_ACT_OK;
+        return TC_ACT_UNSPEC;
     };
     let Some(packet) = parse(&Skb(ctx), ETH_LEN, ethertype) else {
         return drop_with(own, Way::Out, stat::EXT_HDR_DROPPED, reason::UNSUPPORTED);
@@ -48,7 +48,7 @@ pub(crate) fn from_pod(ctx: &TcContext) -> i32 {
         return deny(own, Way::Out, &packet, (0, 0), stat::SPOOFED, &refusal(reason::INVALID_SOURCE));
     }
     match judge_out(ctx, own, &packet) {
-        TC_ACT_OK => first_fragment(&packet, Way::Out),
+        TC_ACT_UNSPEC => first_fragment(&packet, Way::Out),
         refused => refused,
     }
 }
@@ -57,7 +57,7 @@ pub(crate) fn from_pod(ctx: &TcContext) -> i32 {
 #[inline(always)]
 pub(crate) fn to_pod(ctx: &TcContext) -> i32 {
     let Some((own, ethertype)) = subject_to_judgement(ctx) else {
-        return TC_ACT_OK;
+        return TC_ACT_UNSPEC;
     };
     let Some(packet) = parse(&Skb(ctx), ETH_LEN, ethertype) else {
         return drop_with(own, Way::In, stat::EXT_HDR_DROPPED, reason::UNSUPPORTED);
@@ -73,8 +73,8 @@ pub(crate) fn to_pod(ctx: &TcContext) -> i32 {
             &refusal(reason::INVALID_SOURCE),
         );
     }
-    match judge_in(own, &packet) {
-        TC_ACT_OK => first_fragment(&packet, Way::In),
+    match judge_in(ctx, own, &packet) {
+        TC_ACT_UNSPEC => first_fragment(&packet, Way::In),
         refused => refused,
     }
 }
@@ -109,20 +109,17 @@ fn judge_out(ctx: &TcContext, own: &Pod, packet: &Packet) -> i32 {
         return later_fragment(own, packet, Way::Out);
     }
     if packet.control {
-        return TC_ACT_OK;
+        return TC_ACT_UNSPEC;
     }
     if packet.proto == proto::TCP {
         return syn_out(ctx, own, packet);
     }
-    let found = tables::address(&packet.dst);
-    let Some(to) = found.filter(|to| to.flags & info::ENROLLED != 0) else {
+    let strict = |to: &AddrInfo| own.flags & pod::STRICT != 0 || to.flags & info::STRICT != 0;
+    let Some(to) = tables::address(&packet.dst).filter(|to| to_be_judged(to, strict(to))) else {
         // Not ours to judge; but its replies must come back in.
         remember(packet);
-        return TC_ACT_OK;
+        return TC_ACT_UNSPEC;
     };
-    if is_reply(packet) {
-        return TC_ACT_OK;
-    }
     let query = Query {
         src: own.subject,
         dst: to.subject,
@@ -131,24 +128,38 @@ fn judge_out(ctx: &TcContext, own: &Pod, packet: &Packet) -> i32 {
         authenticated: true,
         dst_flags: to.flags,
     };
-    let crosses =
-        to.flags & info::LOCAL == 0 && (own.flags & pod::STRICT != 0 || to.flags & info::STRICT != 0);
-    settle(own, packet, &query, crosses, Way::Out)
+    let judged = if to.flags & info::ENROLLED == 0 {
+        tables::service_verdict(&query)
+    } else if is_reply(packet) {
+        return TC_ACT_UNSPEC;
+    } else {
+        direct_verdict(&query, to.flags & info::LOCAL == 0 && strict(&to))
+    };
+    settle(own, packet, (own.subject, tables::reported(&to)), &judged, Way::Out)
+}
+
+/// An enrolled Pod; or a Service whose address becomes that of one on another node after the last hook that sees the
+/// packet here.
+#[inline(always)]
+fn to_be_judged(to: &AddrInfo, strict: bool) -> bool {
+    let guarded = info::SERVICE | info::POLICED;
+    to.flags & info::ENROLLED != 0 || (strict && to.flags & guarded == guarded)
 }
 
 /// TCP that leaves: only the opening SYN is judged, and only whether it came through the proxy.
 #[inline(always)]
 fn syn_out(ctx: &TcContext, own: &Pod, packet: &Packet) -> i32 {
     if packet.tcp_flags & (tcp::SYN | tcp::ACK) != tcp::SYN {
-        return TC_ACT_OK;
+        return TC_ACT_UNSPEC;
     }
     let Some(to) = tables::address_or_range(&packet.dst) else {
-        return TC_ACT_OK;
+        return TC_ACT_UNSPEC;
     };
     if !tables::is_mesh(to.flags) || through_the_mesh(ctx) {
-        return TC_ACT_OK;
+        return TC_ACT_UNSPEC;
     }
-    deny(own, Way::Out, packet, (own.subject, to.subject), stat::BYPASS_SYN, &refusal(reason::PROXY_BYPASSED))
+    let subjects = (own.subject, tables::reported(&to));
+    deny(own, Way::Out, packet, subjects, stat::BYPASS_SYN, &refusal(reason::PROXY_BYPASSED))
 }
 
 /// True where the packet's socket is the proxy's, or was judged at connect. No application can forge the mark.
@@ -170,16 +181,17 @@ fn through_the_mesh(ctx: &TcContext) -> bool {
 }
 
 #[inline(always)]
-fn judge_in(own: &Pod, packet: &Packet) -> i32 {
+fn judge_in(ctx: &TcContext, own: &Pod, packet: &Packet) -> i32 {
     if packet.proto == proto::TCP {
         // sk_lookup judges connections, whole datagrams or not.
-        return TC_ACT_OK;
+        note_probe(ctx, own, packet);
+        return TC_ACT_UNSPEC;
     }
     if packet.fragment == fragment::LATER {
         return later_fragment(own, packet, Way::In);
     }
     if packet.control || is_reply(packet) {
-        return TC_ACT_OK;
+        return TC_ACT_UNSPEC;
     }
     let dst = if addr::is_multicast(&packet.dst) {
         if addr::is_v4(&packet.dst) { &own.ip4 } else { &own.ip6 }
@@ -205,28 +217,53 @@ fn judge_in(own: &Pod, packet: &Packet) -> i32 {
         authenticated,
         dst_flags,
     };
-    settle(own, packet, &query, crosses, Way::In)
+    settle(own, packet, (query.src, query.dst), &direct_verdict(&query, crosses), Way::In)
 }
 
-/// The verdict on a packet that is not TCP, carried out. `crosses`: it goes between nodes, and one side is strict.
+/// Tells `sk_lookup` of the kubelet's SYN, known by the cgroup of its socket: what is forwarded or masqueraded has
+/// none. Anybody else's SYN takes back what was told of the same four-tuple, so that nobody inherits the kubelet's port.
 #[inline(always)]
-fn settle(own: &Pod, packet: &Packet, query: &Query, crosses: bool, way: Way) -> i32 {
-    let mut judged = tables::verdict(query);
-    if judged.verdict == verdict::PROXY {
-        // The proxy carries TCP only.
-        judged = Judgement { verdict: verdict::DENY, reason: reason::POLICY_DENIED, policy: judged.policy };
-    } else if crosses && judged.verdict == verdict::ALLOW {
-        judged =
-            Judgement { verdict: verdict::DENY, reason: reason::PLAINTEXT_REFUSED, policy: judged.policy };
+fn note_probe(ctx: &TcContext, own: &Pod, packet: &Packet) {
+    if packet.tcp_flags & (tcp::SYN | tcp::ACK) != tcp::SYN {
+        return;
     }
-    let subjects = (query.src, query.dst);
+    let key =
+        Tuple { netns: own.cookie, ..flow(packet, &packet.src, &packet.dst, packet.sport, packet.dport) };
+    // SAFETY: the context's own packet.
+    let cgroup = unsafe { bpf_skb_cgroup_id(ctx.skb.skb) };
+    // SAFETY: only whether there is a row.
+    if unsafe { KUBELETS.get(cgroup) }.is_some() {
+        if PROBES.insert(key, Probe { seen: events::now(), cgroup }, 0).is_err() {
+            events::count(stat::MAP_FULL);
+        }
+    } else if PROBES.get_ptr(&key).is_some() {
+        let _ = PROBES.remove(&key);
+    }
+}
+
+/// The verdict on a packet from Pod to Pod that is not TCP. `crosses`: it goes between nodes, and one side is strict.
+#[inline(always)]
+fn direct_verdict(query: &Query, crosses: bool) -> Judgement {
+    let judged = tables::verdict(query);
+    let reason = match judged.verdict {
+        // The proxy carries TCP only.
+        verdict::PROXY => reason::POLICY_DENIED,
+        verdict::ALLOW if crosses => reason::PLAINTEXT_REFUSED,
+        _ => return judged,
+    };
+    Judgement { verdict: verdict::DENY, reason, policy: judged.policy }
+}
+
+/// Carries out the verdict on a packet that is not TCP.
+#[inline(always)]
+fn settle(own: &Pod, packet: &Packet, subjects: (u32, u32), judged: &Judgement, way: Way) -> i32 {
     if judged.denied() {
-        return deny(own, way, packet, subjects, stat::NON_TCP_DENIED, &judged);
+        return deny(own, way, packet, subjects, stat::NON_TCP_DENIED, judged);
     }
     if remember(packet) {
-        forwarded(own, way, packet, subjects, &judged);
+        forwarded(own, way, packet, subjects, judged);
     }
-    TC_ACT_OK
+    TC_ACT_UNSPEC
 }
 
 #[inline(always)]
@@ -294,7 +331,7 @@ fn first_fragment(packet: &Packet, way: Way) -> i32 {
     {
         events::count(stat::MAP_FULL);
     }
-    TC_ACT_OK
+    TC_ACT_UNSPEC
 }
 
 /// Later fragments pass where the first one did.
@@ -303,9 +340,10 @@ fn later_fragment(own: &Pod, packet: &Packet, way: Way) -> i32 {
     // SAFETY: one aligned word, copied at once.
     let passed = unsafe { FRAGS.get(fragment_key(packet, way)) }.copied();
     if passed.is_some_and(|then| events::now().wrapping_sub(then) < FRAG_IDLE_NS) {
-        return TC_ACT_OK;
+        return TC_ACT_UNSPEC;
     }
     deny(own, way, packet, (0, 0), stat::FRAG_DROPPED, &refusal(reason::UNSUPPORTED))
 }
 
-const _: () = assert!(TC_ACT_SHOT == 2 && TC_ACT_OK == 0);
+// A packet that may pass goes on to the programs behind ours, such as a CNI's; -1 is also `TCX_NEXT`.
+const _: () = assert!(TC_ACT_SHOT == 2 && TC_ACT_UNSPEC == -1);

@@ -1,8 +1,8 @@
-//! Attachments: links that are pinned, so that they outlive the agent, and repaired where they are gone.
+//! Attachments: programs in their places, so that they outlive the agent, and put back where they are gone. Links
+//! are pinned ([`link`]); filters belong to the interface ([`filter`]).
 
 use std::{
-    fs, io,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::AsFd,
     path::{Path, PathBuf},
 };
 
@@ -13,15 +13,40 @@ use super::{
     error::DatapathError,
     loader::{Program, Programs},
     mounts::CgroupRoot,
+    netlink::tc::Way,
     sys::{self, LinkKind, Target},
 };
+
+mod filter;
+mod link;
+
+pub(super) use filter::Record;
+pub(super) use link::{Place, unpin};
+
+use link::Link;
+
+/// How the programs that judge packets are attached to a Pod's host-side interface.
+///
+/// A link (tcx, Linux 6.6) cannot be taken away by accident and runs before every filter, but making one waits for
+/// an RCU grace period under the RTNL lock: some 8 to 15 ms for each direction of each Pod. A filter (`cls_bpf` on
+/// `clsact`, every kernel) takes some 0.1 ms.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum VethHook {
+    /// A filter; a link where somebody else's program would run before the filter, and where a link is there already.
+    #[default]
+    Automatic,
+    /// Always a filter, as on kernels without tcx.
+    Filter,
+    /// Always a link.
+    Link,
+}
 
 /// The state of one attached program.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AttachmentStatus {
     /// The program's name.
     pub program: &'static str,
-    /// The link's id; 0 where there is none.
+    /// The link's id or the filter's handle; 0 where there is none.
     pub id: u32,
     /// The cgroup, namespace or interface.
     pub attached_to: String,
@@ -37,157 +62,156 @@ pub struct AttachmentStatus {
 #[derive(Debug)]
 pub(super) struct Attachment {
     program: &'static str,
-    kind: LinkKind,
-    attach_type: bpf_attach_type,
-    /// Cgroup id, namespace inode or interface index.
-    target: u64,
     shown: String,
-    pin: PathBuf,
-    link: OwnedFd,
     repairs: u64,
+    hold: Hold,
 }
 
-/// Where a program goes.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Place<'a> {
-    pub(super) kind: LinkKind,
-    pub(super) attach_type: bpf_attach_type,
-    pub(super) target: Target<'a>,
-    /// What the link's info must name as its target.
-    pub(super) id: u64,
-    pub(super) shown: &'a str,
-    pub(super) pin: &'a Path,
+#[derive(Debug)]
+enum Hold {
+    Link(Link),
+    Packets(Packets),
+}
+
+/// A program at a Pod's veth.
+#[derive(Debug, Clone)]
+pub(super) struct Packets {
+    pub(super) hook: VethHook,
+    pub(super) way: Way,
+    pub(super) record: Record,
+    /// Where a link is pinned, if it becomes one.
+    pub(super) pin: PathBuf,
+}
+
+impl Packets {
+    /// The link's place, if it becomes one.
+    fn place(&self) -> Place<'_> {
+        Place {
+            kind: LinkKind::Tcx,
+            attach_type: self.attach_type(),
+            target: Target::Interface(self.record.interface),
+            id: self.record.interface.into(),
+            pin: &self.pin,
+        }
+    }
+
+    fn attach_type(&self) -> bpf_attach_type {
+        match self.way {
+            Way::In => bpf_attach_type::BPF_TCX_INGRESS,
+            Way::Out => bpf_attach_type::BPF_TCX_EGRESS,
+        }
+    }
+
+    /// Programs of links that run before every filter.
+    fn links(&self) -> std::io::Result<u32> {
+        match self.hook {
+            VethHook::Filter => Ok(0),
+            _ => sys::tcx_programs(self.record.interface, self.attach_type()),
+        }
+    }
+
+    /// Attaches the program, or adopts what is there. At no moment is neither in place.
+    fn ensure(self, program: &Program) -> std::io::Result<Hold> {
+        if let Some(link) = Link::adopt(program, &self.place())? {
+            filter::remove(self.record.interface, self.way)?;
+            return Ok(Hold::Link(link));
+        }
+        let refused = if self.hook != VethHook::Link && self.links()? == 0 {
+            match self.record.put(self.way, program) {
+                Ok(()) => return Ok(Hold::Packets(self)),
+                Err(error) if self.hook == VethHook::Filter => return Err(error),
+                Err(error) => Some(error),
+            }
+        } else {
+            None
+        };
+        match Link::create(program, &self.place()) {
+            Ok(link) => {
+                filter::remove(self.record.interface, self.way)?;
+                Ok(Hold::Link(link))
+            }
+            // Neither: what kept the filter away is what an operator can change.
+            Err(error) => Err(refused.unwrap_or(error)),
+        }
+    }
+
+    fn look(&self, program: &Program) -> Result<u32, String> {
+        match self.links() {
+            Ok(0) => filter::look(self.record.interface, self.way, program.id),
+            Ok(_) => Err("a program of another link runs before the filter".into()),
+            Err(error) => Err(format!("the interface cannot be asked for its programs: {error}")),
+        }
+    }
 }
 
 impl Attachment {
-    /// Attaches a program, or adopts the pinned link and puts the program into it.
-    pub(super) fn ensure(program: &Program, place: &Place<'_>) -> Result<Self, DatapathError> {
-        let link = adopt(program, place).and_then(|adopted| match adopted {
+    /// Attaches a program by a link, or adopts the pinned link and puts the program into it.
+    pub(super) fn link(program: &Program, place: &Place<'_>, shown: &str) -> Result<Self, DatapathError> {
+        let adopted = Link::adopt(program, place).and_then(|adopted| match adopted {
             Some(link) => Ok(link),
-            None => create(program, place),
+            None => Link::create(program, place),
         });
-        let link = link.map_err(|source| DatapathError::Attach {
-            program: program.name,
-            target: place.shown.to_owned(),
-            source,
-        })?;
-        Ok(Self {
-            program: program.name,
-            kind: place.kind,
-            attach_type: place.attach_type,
-            target: place.id,
-            shown: place.shown.to_owned(),
-            pin: place.pin.to_owned(),
-            link,
-            repairs: 0,
-        })
+        Self::new(program, shown, adopted.map(Hold::Link))
     }
 
-    /// Looks whether the program is still in its place, and puts it back into `target` where it is not.
+    /// Attaches a program to a Pod's veth, or adopts what an earlier agent attached.
+    pub(super) fn packets(program: &Program, packets: Packets, shown: &str) -> Result<Self, DatapathError> {
+        Self::new(program, shown, packets.ensure(program))
+    }
+
+    fn new(program: &Program, shown: &str, hold: std::io::Result<Hold>) -> Result<Self, DatapathError> {
+        let (program, shown) = (program.name, shown.to_owned());
+        match hold {
+            Ok(hold) => Ok(Self { program, shown, repairs: 0, hold }),
+            Err(source) => Err(DatapathError::Attach { program, target: shown, source }),
+        }
+    }
+
+    /// Looks whether the program is still in its place, and puts it back where it is not. `target`: the cgroup,
+    /// namespace or interface; `None` where nothing may be changed.
     pub(super) fn check(&mut self, programs: &Programs, target: Option<Target<'_>>) -> AttachmentStatus {
-        let problem = match programs.get(self.program) {
-            Err(error) => Some(error.to_string()),
-            Ok(program) => {
-                self.problem(program).map(|problem| match target.map(|t| self.repair(program, t)) {
-                    None => format!("{problem}; a newer agent is in charge"),
-                    Some(Ok(())) => problem,
-                    Some(Err(error)) => format!("{problem}, and cannot be attached again: {error}"),
-                })
+        let look = |hold: &Hold| {
+            let program = programs.get(self.program).map_err(|e| e.to_string())?;
+            match hold {
+                Hold::Link(link) => link.look(program),
+                Hold::Packets(packets) => packets.look(program),
             }
         };
-        let healthy = programs.get(self.program).is_ok_and(|program| self.problem(program).is_none());
-        let id = sys::link_info(self.link.as_fd(), self.kind).map_or(0, |i| i.id);
+        let first = look(&self.hold);
+        let mut state = first.clone();
+        let problem = first.err().map(|problem| match (target, programs.get(self.program)) {
+            (None, _) | (_, Err(_)) => format!("{problem}; a newer agent is in charge"),
+            (Some(target), Ok(program)) => {
+                let repaired = match &mut self.hold {
+                    Hold::Link(link) => link.repair(program, target),
+                    Hold::Packets(packets) => packets.clone().ensure(program).map(|hold| self.hold = hold),
+                };
+                match repaired {
+                    Ok(()) => {
+                        self.repairs += 1;
+                        state = look(&self.hold);
+                        problem
+                    }
+                    Err(error) => format!("{problem}, and cannot be attached again: {error}"),
+                }
+            }
+        });
         AttachmentStatus {
             program: self.program,
-            id,
+            id: state.as_ref().copied().unwrap_or(0),
             attached_to: self.shown.clone(),
-            healthy,
+            healthy: state.is_ok(),
             repairs: self.repairs,
             problem,
         }
     }
 
-    fn problem(&self, program: &Program) -> Option<String> {
-        let info = match sys::link_info(self.link.as_fd(), self.kind) {
-            Ok(info) => info,
-            Err(error) => return Some(format!("the link cannot be asked: {error}")),
-        };
-        if info.target != self.target {
-            return Some("the link was detached".into());
+    /// Whether it is at an interface.
+    pub(super) fn at_interface(&self) -> bool {
+        match &self.hold {
+            Hold::Link(link) => link.kind() == LinkKind::Tcx,
+            Hold::Packets(_) => true,
         }
-        if info.program != program.id {
-            return Some("another program is in the link".into());
-        }
-        let pinned = sys::open_pin(&self.pin).and_then(|fd| sys::link_info(fd.as_fd(), self.kind));
-        match pinned {
-            Ok(pinned) if pinned.id == info.id => None,
-            Ok(_) => Some("the pin holds another link".into()),
-            Err(error) => Some(format!("the pin is gone: {error}")),
-        }
-    }
-
-    fn repair(&mut self, program: &Program, target: Target<'_>) -> io::Result<()> {
-        let info = sys::link_info(self.link.as_fd(), self.kind)?;
-        if info.target == self.target {
-            // Never detached: the program and the pin go back into the live link.
-            sys::link_update(self.link.as_fd(), program.as_fd())?;
-            unpin(&self.pin)?;
-            sys::pin(self.link.as_fd(), &self.pin)?;
-        } else {
-            let (pin, shown) = (&self.pin, self.shown.as_str());
-            let (kind, attach_type) = (self.kind, self.attach_type);
-            self.link = create(program, &Place { kind, attach_type, target, id: self.target, shown, pin })?;
-        }
-        self.repairs += 1;
-        Ok(())
-    }
-
-    /// What kind of link it is.
-    pub(super) fn kind(&self) -> LinkKind {
-        self.kind
-    }
-
-    /// Detaches for good.
-    pub(super) fn remove(self) -> Result<(), DatapathError> {
-        unpin(&self.pin).map_err(|source| DatapathError::Pin { path: self.pin.clone(), source })
-    }
-}
-
-/// Opens the pinned link, if it is one to this very target, and puts the program into it.
-fn adopt(program: &Program, place: &Place<'_>) -> io::Result<Option<OwnedFd>> {
-    let link = match sys::open_pin(place.pin) {
-        Ok(link) => link,
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(e) => return Err(e),
-    };
-    let info = sys::link_info(link.as_fd(), place.kind)?;
-    if info.target != place.id {
-        return Ok(None);
-    }
-    if info.program != program.id {
-        sys::link_update(link.as_fd(), program.as_fd())?;
-    }
-    Ok(Some(link))
-}
-
-fn create(program: &Program, place: &Place<'_>) -> io::Result<OwnedFd> {
-    let link =
-        sys::link_create(program.as_fd(), place.target, place.attach_type).map_err(|error| {
-            match (place.kind, error.raw_os_error()) {
-                (LinkKind::Tcx, Some(libc::EINVAL)) => io::Error::other("tcx links need Linux 6.6 or newer"),
-                _ => error,
-            }
-        })?;
-    unpin(place.pin)?;
-    sys::pin(link.as_fd(), place.pin)?;
-    Ok(link)
-}
-
-/// Removes a pin that may not be there.
-pub(super) fn unpin(path: &Path) -> io::Result<()> {
-    match fs::remove_file(path) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
-        _ => Ok(()),
     }
 }
 
@@ -220,10 +244,9 @@ pub(super) fn cgroup(
             attach_type,
             target: Target::Fd(root.as_fd()),
             id: root.id(),
-            shown: &shown,
             pin: &pin,
         };
-        attached.push(Attachment::ensure(programs.get(name)?, &place)?);
+        attached.push(Attachment::link(programs.get(name)?, &place, &shown)?);
     }
     Ok((attached, adopted))
 }

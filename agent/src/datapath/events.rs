@@ -170,6 +170,12 @@ impl KernelEvent {
     }
 }
 
+/// Reads a record of the ring, for the fuzzer.
+#[cfg(feature = "fuzzing")]
+pub fn fuzz(bytes: &[u8]) -> Option<KernelEvent> {
+    KernelEvent::parse(bytes)
+}
+
 /// The ring's reader; there is one at a time.
 #[derive(Debug)]
 pub struct EventStream {

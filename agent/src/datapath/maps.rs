@@ -34,7 +34,7 @@ pub(super) fn pin_path(bpffs: &Path, name: &str) -> std::path::PathBuf {
 
 impl<K: Plain, V: Plain> Map<K, V> {
     /// Opens a pinned map, and checks that its sizes are those of `K` and `V`.
-    fn open(bpffs: &Path, name: &'static str) -> Result<Self, DatapathError> {
+    pub(super) fn open(bpffs: &Path, name: &'static str) -> Result<Self, DatapathError> {
         let path = pin_path(bpffs, name);
         let open = || {
             let fd = sys::open_pin(&path)?;
@@ -233,6 +233,7 @@ pub(super) struct Maps {
     pub(super) counts: PerCpu<CountKey>,
     pub(super) stats: PerCpu<u32>,
     pub(super) config: Map<u32, Config>,
+    pub(super) kubelets: Map<u64, u32>,
 }
 
 impl Maps {
@@ -253,6 +254,7 @@ impl Maps {
             counts: PerCpu::open(bpffs, map::COUNTS)?,
             stats: PerCpu::open(bpffs, map::STATS)?,
             config: Map::open(bpffs, map::CONFIG)?,
+            kubelets: Map::open(bpffs, map::KUBELETS)?,
         })
     }
 

@@ -10,6 +10,7 @@ use std::{
 use rustix::{
     fs::{FsWord, fstat, statfs},
     mount::{MountFlags, mount},
+    thread::{LinkNameSpaceType, move_into_link_name_space},
 };
 
 use super::error::DatapathError;
@@ -29,7 +30,7 @@ pub(super) fn bpffs(path: &Path) -> Result<(), DatapathError> {
             let target = if fs::create_dir_all(path).is_ok() { path } else { existing };
             mount("bpf", target, "bpf", MountFlags::empty(), None)?;
         }
-        for folder in ["maps", "links"] {
+        for folder in ["maps", "links", "filters"] {
             fs::create_dir_all(path.join(folder))?;
         }
         Ok(())
@@ -52,7 +53,7 @@ impl CgroupRoot {
         let failed = |source| DatapathError::CgroupRoot { source };
         let path = match configured {
             Some(path) => path.to_owned(),
-            None => find().map_err(failed)?,
+            None => in_the_nodes_cgroups(find).map_err(failed)?,
         };
         let folder = File::open(&path).map_err(failed)?;
         let id = fstat(&folder).map_err(|e| failed(e.into()))?.st_ino;
@@ -76,6 +77,25 @@ impl AsFd for CgroupRoot {
     }
 }
 
+/// Runs `f` on a thread in the cgroup namespace of the node's first process: in a container's own one the container's
+/// subtree passes for the hierarchy's root, in paths, mount tables and new mounts. Where that namespace is not to be had
+/// `f` runs in the agent's.
+pub(crate) fn in_the_nodes_cgroups<T: Send>(f: impl FnOnce() -> T + Send) -> T {
+    let inside = || {
+        let entered = File::open("/proc/1/ns/cgroup").and_then(|namespace| {
+            Ok(move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::ControlGroup))?)
+        });
+        if let Err(error) = entered {
+            tracing::debug!(%error, "the node's cgroup namespace cannot be entered");
+        }
+        f()
+    };
+    std::thread::scope(|scope| match scope.spawn(inside).join() {
+        Ok(done) => done,
+        Err(panic) => std::panic::resume_unwind(panic),
+    })
+}
+
 fn find() -> io::Result<PathBuf> {
     for (table, root) in [("/proc/1/mountinfo", "/proc/1/root"), ("/proc/self/mountinfo", "/")] {
         let Ok(table) = fs::read_to_string(table) else { continue };
@@ -88,13 +108,15 @@ fn find() -> io::Result<PathBuf> {
     Ok(OWN_CGROUP_MOUNT.into())
 }
 
-/// The mount point of the first cgroup2 mount that shows the hierarchy's root (proc_pid_mountinfo(5)).
-fn cgroup2_mount(table: &str) -> Option<String> {
+/// The mount point of the first cgroup2 mount that shows the hierarchy's root (proc_pid_mountinfo(5)). A reader in a
+/// cgroup namespace of its own, as a container is, sees the root of PID 1's mount as a way up: `/..`, `/../..`.
+pub(crate) fn cgroup2_mount(table: &str) -> Option<String> {
     table.lines().find_map(|line| {
         let (mount, filesystem) = line.split_once(" - ")?;
         let mut fields = mount.split(' ').skip(3);
         let (root, point) = (fields.next()?, fields.next()?);
-        (filesystem.split(' ').next()? == "cgroup2" && root == "/").then(|| unescape(point))
+        let whole = root.split('/').all(|step| step.is_empty() || step == "..");
+        (filesystem.split(' ').next()? == "cgroup2" && whole).then(|| unescape(point))
     })
 }
 
@@ -136,6 +158,10 @@ mod tests {
     fn a_subtree_is_not_the_root() {
         let contained = "31 24 0:27 /kubepods/pod1 /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n";
         assert_eq!(cgroup2_mount(contained), None);
+        let from_inside = "31 24 0:27 /../.. /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n";
+        assert_eq!(cgroup2_mount(from_inside).as_deref(), Some("/sys/fs/cgroup"));
+        let sibling = "31 24 0:27 /../pod2 /mnt rw - cgroup2 cgroup2 rw\n";
+        assert_eq!(cgroup2_mount(sibling), None);
         assert_eq!(cgroup2_mount("nonsense\n- cgroup2"), None);
     }
 }

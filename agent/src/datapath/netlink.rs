@@ -1,4 +1,5 @@
-//! Netlink as far as it is needed: dumps of links, addresses and TCP sockets, and the end of one socket.
+//! Netlink as far as it is needed: dumps of links, addresses and TCP sockets, the end of one socket; filters in
+//! [`tc`].
 
 use std::{
     io,
@@ -7,6 +8,8 @@ use std::{
 };
 
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, netlink};
+
+pub(super) mod tc;
 
 /// Longest answer that is read at once; the kernel's dumps stay below it.
 const BUFFER: usize = 64 << 10;

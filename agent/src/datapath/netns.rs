@@ -26,11 +26,24 @@ pub(super) struct NetNs {
 impl NetNs {
     /// Opens the namespace at `path` (a bind mount or `/proc/<pid>/ns/net`).
     pub(super) fn open(path: &Path) -> Result<Self, DatapathError> {
+        Ok(Self::visit(path, |_| ())?.0)
+    }
+
+    /// Opens the namespace at `path` and runs `f` inside, with its cookie, at one go: on a busy node a second thread
+    /// costs milliseconds.
+    pub(super) fn visit<T: Send>(
+        path: &Path,
+        f: impl FnOnce(u64) -> T + Send,
+    ) -> Result<(Self, T), DatapathError> {
         let failed = |source| DatapathError::Netns { path: path.to_owned(), source };
         let file = File::open(path).map_err(failed)?;
         let inode = rustix::fs::fstat(&file).map_err(|e| failed(e.into()))?.st_ino;
-        let cookie = enter(file.as_fd(), cookie).map_err(failed)?;
-        Ok(Self { path: path.to_owned(), file, cookie, inode })
+        let visited = enter(file.as_fd(), || {
+            let cookie = cookie()?;
+            Ok((cookie, f(cookie)))
+        });
+        let (cookie, found) = visited.map_err(failed)?;
+        Ok((Self { path: path.to_owned(), file, cookie, inode }, found))
     }
 
     /// The namespace's cookie: unique for as long as the kernel runs.

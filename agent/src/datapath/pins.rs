@@ -8,9 +8,19 @@ use std::{
 };
 
 use weft_core::WorkloadUid;
-use weft_ebpf_common::{Pod, codes::program};
+use weft_ebpf_common::{
+    Config, Pod,
+    codes::{map, program},
+};
 
-use super::{attach, error::DatapathError, loader::Programs, maps::Maps, pods, sys};
+use super::{
+    attach::{self, Record},
+    error::DatapathError,
+    loader::Programs,
+    maps::{Map, Maps},
+    netlink::tc::Way,
+    pods, sys,
+};
 
 /// Every pinned link of a Pod: the program's pin name, the Pod, the path.
 fn pod_pins(bpffs: &Path) -> Result<Vec<(&'static str, WorkloadUid, PathBuf)>, DatapathError> {
@@ -26,18 +36,22 @@ fn pod_pins(bpffs: &Path) -> Result<Vec<(&'static str, WorkloadUid, PathBuf)>, D
     Ok(paths.into_iter().filter_map(known).collect())
 }
 
-/// The Pods that have pins.
+/// The Pods that have pins or filters.
 pub(super) fn pinned_uids(bpffs: &Path) -> Result<HashSet<WorkloadUid>, DatapathError> {
-    Ok(pod_pins(bpffs)?.into_iter().map(|(_, uid, _)| uid).collect())
+    let filtered = Record::all(bpffs)?.into_iter().map(|record| record.uid);
+    Ok(pod_pins(bpffs)?.into_iter().map(|(_, uid, _)| uid).chain(filtered).collect())
 }
 
-/// The entries of a Pod that only its pins are known of: those of the interface its links name.
+/// The entries of a Pod that only its pins are known of: those of the interface its links or filters name.
 pub(super) fn pinned_entries(
     bpffs: &Path,
     maps: &Maps,
     uid: &WorkloadUid,
 ) -> Result<Vec<Pod>, DatapathError> {
     let mut entries = Vec::new();
+    for record in Record::all(bpffs)?.iter().filter(|record| record.uid == *uid) {
+        entries.extend(maps.veths.get(&record.interface)?);
+    }
     for (name, owner, path) in pod_pins(bpffs)? {
         if owner == *uid && name != pods::PINS[2] {
             let target = sys::open_pin(&path)
@@ -52,8 +66,17 @@ pub(super) fn pinned_entries(
     Ok(entries)
 }
 
-/// Puts the new programs into the links of Pods that an earlier agent enrolled.
+/// Puts the new programs into the links and filters of Pods that an earlier agent enrolled.
 pub(super) fn replace_in_pods(programs: &Programs, bpffs: &Path) -> Result<(), DatapathError> {
+    for record in Record::all(bpffs)? {
+        for (name, way) in [(program::FROM_POD, Way::In), (program::TO_POD, Way::Out)] {
+            record.replace(way, programs.get(name)?).map_err(|source| DatapathError::Attach {
+                program: name,
+                target: format!("interface {}", record.interface),
+                source,
+            })?;
+        }
+    }
     for (name, _, path) in pod_pins(bpffs)? {
         let program = match name {
             "tc_from_pod" => program::FROM_POD,
@@ -66,6 +89,43 @@ pub(super) fn replace_in_pods(programs: &Programs, bpffs: &Path) -> Result<(), D
             // ENOLINK: the namespace or interface is gone; the sweep removes the pin.
             Err(e) if e.raw_os_error() == Some(libc::ENOLINK) => {}
             done => done.map_err(|source| DatapathError::Pin { path, source })?,
+        }
+    }
+    Ok(())
+}
+
+/// Detaches and removes everything that is pinned or noted below `bpffs`.
+pub(super) fn uninstall(bpffs: &Path) -> Result<(), DatapathError> {
+    // An agent that still runs must not put back what goes. Maps of another layout have no such agent.
+    if let Ok(config) = Map::<u32, Config>::open(bpffs, map::CONFIG) {
+        let current = config.get(&0)?.unwrap_or_default();
+        config.set(&0, &Config { generation: current.generation.wrapping_add(1), ..current })?;
+    }
+    let links = attach::links(bpffs);
+    let mut pins = match fs::read_dir(&links) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Vec::new(),
+        list => list
+            .and_then(|list| list.map(|entry| Ok(entry?.path())).collect::<io::Result<Vec<_>>>())
+            .map_err(|source| DatapathError::Pin { path: links, source })?,
+    };
+    // By name, so that `connect4` and `connect6` go first: what is not steered any more needs nothing of the rest.
+    pins.sort_unstable();
+    for path in pins {
+        // A link stays attached for as long as somebody has it open, pinned or not.
+        let detached = sys::open_pin(&path).and_then(|link| sys::link_detach(link.as_fd()));
+        match detached {
+            Err(e) if e.raw_os_error() == Some(libc::ENOLINK) => {}
+            done => done.map_err(|source| DatapathError::Pin { path, source })?,
+        }
+    }
+    Record::all(bpffs)?.iter().try_for_each(Record::remove)?;
+    for folder in ["filters", "links", "maps"] {
+        let path = bpffs.join(folder);
+        match fs::remove_dir_all(&path) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                return Err(DatapathError::Pin { path, source });
+            }
+            _ => {}
         }
     }
     Ok(())

@@ -23,12 +23,12 @@ use weft_ebpf_common::{
 
 use super::{
     addr::encode,
-    attach::{Attachment, Place, links},
+    attach::{Attachment, Packets, Place, Record, VethHook, links},
     error::DatapathError,
     listeners::{self, Ports, Sockets},
     loader::Programs,
     maps::Maps,
-    netlink,
+    netlink::{self, tc::Way},
     netns::NetNs,
     slots::Slots,
     sys::{LinkKind, Target},
@@ -69,8 +69,8 @@ pub(super) struct Enrolment {
 #[derive(Debug, Default)]
 pub(super) struct Pods {
     pub(super) enrolled: HashMap<WorkloadUid, Enrolment>,
-    /// Cookies of namespaces outside the mesh.
-    pub(super) passed: HashSet<u64>,
+    /// Pods outside the mesh, with the cookies of their namespaces.
+    pub(super) passed: HashMap<WorkloadUid, u64>,
     pub(super) slots: Slots,
 }
 
@@ -100,42 +100,80 @@ pub(super) struct Ground<'a> {
     pub(super) maps: &'a Maps,
     pub(super) programs: &'a Programs,
     pub(super) bpffs: &'a Path,
+    pub(super) hook: VethHook,
+}
+
+/// What was found and made inside a Pod's namespace.
+pub(super) struct Inside {
+    netns: NetNs,
+    earlier: Option<Pod>,
+    slot: u32,
+    /// The Pod's interface and what its other end should be.
+    interface: (u32, Option<u32>),
+    sockets: Sockets,
+}
+
+impl Inside {
+    /// The cookie of the namespace.
+    pub(super) fn cookie(&self) -> u64 {
+        self.netns.cookie()
+    }
 }
 
 impl Ground<'_> {
+    /// Enters a Pod's namespace once: looks whether it is the Pod's and opens the listeners.
+    pub(super) fn enter(&self, pods: &mut Pods, spec: &PodSpec) -> Result<Inside, DatapathError> {
+        flags(spec)?;
+        let ip6 = families(spec).1;
+        let slots = &mut pods.slots;
+        let (netns, made) = NetNs::visit(&spec.netns, |cookie| {
+            let interface = inner(spec)?;
+            let earlier = self.maps.pods.get(&cookie)?.filter(|p| p.flags & pod::PASS == 0);
+            let slot = slots.take(cookie)?;
+            let wanted = earlier.map_or(Ports::default(), |p| Ports { out4: p.out_port, out6: p.out_port6 });
+            match listeners::open(slot, ip6, wanted) {
+                Ok(sockets) => Ok((earlier, slot, interface, sockets)),
+                Err(source) => {
+                    if earlier.is_none() {
+                        slots.free(cookie);
+                    }
+                    Err(DatapathError::Listen { uid: spec.uid.clone(), source })
+                }
+            }
+        })?;
+        let (earlier, slot, interface, sockets) = made?;
+        Ok(Inside { netns, earlier, slot, interface, sockets })
+    }
+
     /// Enrols a Pod (again); on failure a Pod that was not known before leaves nothing behind.
     pub(super) fn enroll(
         &self,
         pods: &mut Pods,
         spec: &PodSpec,
-        netns: NetNs,
+        inside: Inside,
     ) -> Result<Sockets, DatapathError> {
         let flags = flags(spec)?;
         let (ip4, ip6) = families(spec);
-        let interface = interface(spec, &netns)?;
+        let Inside { netns, earlier, slot, interface, sockets } = inside;
         let cookie = netns.cookie();
-        let earlier = self.maps.pods.get(&cookie)?.filter(|p| p.flags & pod::PASS == 0);
-        let slot = pods.slots.take(cookie)?;
-        let wanted = earlier.map_or(Ports::default(), |p| Ports { out4: p.out_port, out6: p.out_port6 });
-        let sockets = netns.run(|| listeners::open(slot, ip6, wanted));
-        let entry = |ports: Ports| Pod {
+        let outer = outer(spec, interface);
+        let entry = |ifindex: u32, ports: Ports| Pod {
             cookie,
             ip4: ip4.map_or(NONE, |a| encode(a.into())),
             ip6: ip6.map_or(NONE, |a| encode(a.into())),
             slot,
             subject: spec.subject.0,
             flags,
-            ifindex: interface,
+            ifindex,
             out_port: ports.out4,
             out_port6: ports.out6,
             pad: [0; 2],
         };
-        let done = sockets
-            .map_err(|source| DatapathError::Listen { uid: spec.uid.clone(), source })
-            .and_then(|sockets| {
-                let entry = entry(sockets.ports);
-                Ok((self.install(spec, &entry, &netns, &sockets)?, entry, sockets))
-            });
+        let known = outer.as_ref().copied().unwrap_or_default();
+        let done = outer.and_then(|ifindex| {
+            let entry = entry(ifindex, sockets.ports);
+            Ok((self.install(spec, &entry, &netns, &sockets)?, entry, sockets))
+        });
         match done {
             Ok((attachments, entry, mut sockets)) => {
                 let stale =
@@ -146,7 +184,7 @@ impl Ground<'_> {
                 let _reserved = sockets.v6.as_mut().and_then(|v6| v6.reserved.take());
                 let enrolment =
                     Enrolment { spec: spec.clone(), entry, netns: Arc::new(netns), attachments, _reserved };
-                pods.passed.remove(&cookie);
+                pods.passed.remove(&spec.uid);
                 pods.enrolled.insert(spec.uid.clone(), enrolment);
                 Ok(sockets)
             }
@@ -154,7 +192,8 @@ impl Ground<'_> {
                 // A Pod that an earlier enrolment already covers stays as it was: closed, not open.
                 if earlier.is_none() {
                     pods.slots.free(cookie);
-                    let undone = self.forget(&entry(Ports::default())).and_then(|()| self.unpin(&spec.uid));
+                    let undone =
+                        self.forget(&entry(known, Ports::default())).and_then(|()| self.unpin(&spec.uid));
                     if let Err(undone) = undone {
                         tracing::warn!(uid = %spec.uid, error = %undone, "a failed enrolment left something behind");
                     }
@@ -181,37 +220,24 @@ impl Ground<'_> {
         }
         let interface = format!("interface {}", entry.ifindex);
         let namespace = format!("network namespace {}", netns.path().display());
-        let tcx = Target::Interface(entry.ifindex);
-        let place = |name: &str| self.pin(name, &spec.uid);
-        let (from, to, lookup) = (place(PINS[0]), place(PINS[1]), place(PINS[2]));
-        let tc = |attach_type, pin| Place {
-            kind: LinkKind::Tcx,
-            attach_type,
-            target: tcx,
-            id: entry.ifindex.into(),
-            shown: &interface,
-            pin,
+        let record = Record::new(self.bpffs, entry.ifindex, &spec.uid);
+        let packets = |name, way, pin| {
+            let packets =
+                Packets { hook: self.hook, way, record: record.clone(), pin: self.pin(pin, &spec.uid) };
+            Attachment::packets(self.programs.get(name)?, packets, &interface)
         };
+        let lookup = self.pin(PINS[2], &spec.uid);
         let ends = Place {
             kind: LinkKind::Netns,
             attach_type: bpf_attach_type::BPF_SK_LOOKUP,
             target: Target::Fd(netns.as_fd()),
             id: netns.inode(),
-            shown: &namespace,
             pin: &lookup,
         };
-        // A new tcx link waits for an RCU grace period under the RTNL lock (kernel/bpf/tcx.c): these two are nearly
-        // all of the time that enrolling takes, and cannot run side by side.
         let attachments = vec![
-            Attachment::ensure(
-                self.programs.get(program::FROM_POD)?,
-                &tc(bpf_attach_type::BPF_TCX_INGRESS, &from),
-            )?,
-            Attachment::ensure(
-                self.programs.get(program::TO_POD)?,
-                &tc(bpf_attach_type::BPF_TCX_EGRESS, &to),
-            )?,
-            Attachment::ensure(self.programs.get(program::SK_LOOKUP)?, &ends)?,
+            packets(program::FROM_POD, Way::In, PINS[0])?,
+            packets(program::TO_POD, Way::Out, PINS[1])?,
+            Attachment::link(self.programs.get(program::SK_LOOKUP)?, &ends, &namespace)?,
         ];
         // Last: from here on the Pod's connects are answered at all.
         self.maps.pods.set(&entry.cookie, entry)?;
@@ -249,8 +275,11 @@ impl Ground<'_> {
         Ok(())
     }
 
-    /// Removes the pins of a Pod, and with them what is attached.
+    /// Removes the pins and filters of a Pod, and with them what is attached.
     pub(super) fn unpin(&self, uid: &WorkloadUid) -> Result<(), DatapathError> {
+        for record in Record::all(self.bpffs)?.iter().filter(|record| record.uid == *uid) {
+            record.remove()?;
+        }
         for name in PINS {
             let path = self.pin(name, uid);
             super::attach::unpin(&path).map_err(|source| DatapathError::Pin { path, source })?;
@@ -296,41 +325,36 @@ fn families(spec: &PodSpec) -> (Option<Ipv4Addr>, Option<Ipv6Addr>) {
     (v4, v6)
 }
 
-/// The host-side veth of the Pod. Checks that the namespace holds the Pod's addresses: another process may just be
-/// passing through a namespace that was found by its process.
-fn interface(spec: &PodSpec, netns: &NetNs) -> Result<u32, DatapathError> {
-    let first = spec.addresses.first().ok_or_else(|| DatapathError::NoAddress { uid: spec.uid.clone() })?;
-    let failed = |call| move |source| DatapathError::Netlink { call, source };
-    let (held, inner, outer) = netns
-        .run(|| {
-            let held = netlink::addresses()?;
-            let inner =
-                held.iter().find(|(_, a)| a.to_canonical() == first.to_canonical()).map(|(index, _)| *index);
-            let outer = match inner {
-                Some(inner) => netlink::peer_of(inner)?,
-                None => None,
-            };
-            Ok((held, inner, outer))
-        })
-        .map_err(failed("the Pod's addresses and interface"))?;
+/// The Pod's interface and what it names as its other end, looked for in the calling thread's namespace. Checks that
+/// this holds the Pod's addresses: another process may just be passing through a namespace that was found by its
+/// process.
+fn inner(spec: &PodSpec) -> Result<(u32, Option<u32>), DatapathError> {
+    let failed = |source| DatapathError::Netlink { call: "the Pod's addresses and interface", source };
+    let held = netlink::addresses().map_err(failed)?;
+    let mut first = None;
     for address in &spec.addresses {
-        if !held.iter().any(|(_, a)| a.to_canonical() == address.to_canonical()) {
+        let holder = held.iter().find(|(_, a)| a.to_canonical() == address.to_canonical());
+        let Some((index, _)) = holder else {
             return Err(DatapathError::Address { path: spec.netns.clone(), address: *address });
-        }
+        };
+        first.get_or_insert(*index);
     }
-    let inner = inner.unwrap_or_default();
-    let outer = match outer {
-        // Indexes are per namespace: only an interface that points back is the other end.
-        Some(outer) if netlink::peer_of(outer).map_err(failed("the host-side interface"))? == Some(inner) => {
-            Some(outer)
-        }
-        _ => None,
-    };
-    outer.ok_or_else(|| DatapathError::NoVeth { path: spec.netns.clone(), interface: inner })
+    let inner = first.ok_or_else(|| DatapathError::NoAddress { uid: spec.uid.clone() })?;
+    Ok((inner, netlink::peer_of(inner).map_err(failed)?))
+}
+
+/// The host-side veth of the Pod's interface. Indexes are per namespace: only an interface that points back is the
+/// other end.
+fn outer(spec: &PodSpec, (inner, outer): (u32, Option<u32>)) -> Result<u32, DatapathError> {
+    let failed = |source| DatapathError::Netlink { call: "the host-side interface", source };
+    match outer {
+        Some(outer) if netlink::peer_of(outer).map_err(failed)? == Some(inner) => Ok(outer),
+        _ => Err(DatapathError::NoVeth { path: spec.netns.clone(), interface: inner }),
+    }
 }
 
 /// A UID as part of a pin's name: a bpffs takes no dots, and a UID is what somebody else wrote.
-fn escape(uid: &str) -> String {
+pub(super) fn escape(uid: &str) -> String {
     let mut out = String::with_capacity(uid.len());
     for byte in uid.bytes() {
         if byte.is_ascii_alphanumeric() || byte == b'-' {

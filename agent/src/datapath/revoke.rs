@@ -3,7 +3,7 @@
 use std::{collections::HashSet, net::SocketAddr};
 
 use weft_core::WorkloadUid;
-use weft_ebpf_common::codes::TUNNEL_PORT;
+use weft_ebpf_common::{Addr, codes::TUNNEL_PORT};
 
 use super::{
     addr::{decode, encode},
@@ -13,11 +13,11 @@ use super::{
     pods::Pods,
 };
 
-/// Something that passes beside the proxy, seen from the Pod that is called.
+/// Something that passes beside the proxy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct KernelConnection<'a> {
-    /// The Pod that is called.
-    pub pod: &'a WorkloadUid,
+    /// The Pod of this node that is called; none where what is called is elsewhere, or a Service's address.
+    pub pod: Option<&'a WorkloadUid>,
     /// The caller.
     pub client: SocketAddr,
     /// What is called.
@@ -51,7 +51,9 @@ pub(super) fn revoke(
             .filter(|s| s.local.port() != TUNNEL_PORT && s.remote.port() != TUNNEL_PORT)
             // Without a listener here the connection went out from this Pod: it is looked at on the other side.
             .filter(|s| listening.contains(&s.local.port()))
-            .filter(|s| denied(KernelConnection { pod: uid, client: s.remote, server: s.local, protocol: 6 }))
+            .filter(|s| {
+                denied(KernelConnection { pod: Some(uid), client: s.remote, server: s.local, protocol: 6 })
+            })
             .copied()
             .collect();
         if !doomed.is_empty() {
@@ -74,15 +76,14 @@ fn forget_flows(
     for flow in maps.flows.keys()? {
         let server = SocketAddr::new(decode(flow.dst), flow.dport);
         let client = SocketAddr::new(decode(flow.src), flow.sport);
-        // Flows towards another node have no Pod here at their end: they belong to the caller.
-        let at = |address: &SocketAddr| {
-            let address = encode(address.ip());
-            pods.enrolled
-                .iter()
-                .find(|(_, e)| e.entry.ip4 == address || e.entry.ip6 == address)
-                .map(|(uid, _)| uid)
+        let at = |address: &Addr| {
+            let mut enrolled = pods.enrolled.iter();
+            enrolled.find(|(_, e)| e.entry.ip4 == *address || e.entry.ip6 == *address).map(|(uid, _)| uid)
         };
-        let Some(pod) = at(&server).or_else(|| at(&client)) else { continue };
+        let pod = at(&flow.dst);
+        if pod.is_none() && at(&flow.src).is_none() {
+            continue;
+        }
         if denied(KernelConnection { pod, client, server, protocol: flow.proto }) {
             forgotten += usize::from(maps.flows.delete(&flow)?);
         }

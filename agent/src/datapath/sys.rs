@@ -89,18 +89,23 @@ pub(super) enum Target<'a> {
     Interface(u32),
 }
 
-/// Attaches a program by a link, which detaches when its last descriptor or pin goes away.
+/// `BPF_F_BEFORE`: without a program to be relative to, before all others.
+const BEFORE: u32 = 1 << 3;
+
+/// Attaches a program by a link, which detaches when its last descriptor or pin goes away. At an interface it goes
+/// before every other program: one that answers anything but "next" ends the run.
 pub(super) fn link_create(
     program: BorrowedFd<'_>,
     target: Target<'_>,
     kind: bpf_attach_type,
 ) -> io::Result<OwnedFd> {
+    let flags = if matches!(target, Target::Interface(_)) { BEFORE } else { 0 };
     let target = match target {
         Target::Fd(fd) => fd.as_raw_fd().cast_unsigned(),
         Target::Interface(index) => index,
     };
     let prog_fd = program.as_raw_fd().cast_unsigned();
-    let mut attr = LinkCreateAttr { prog_fd, target, attach_type: kind as u32, flags: 0 };
+    let mut attr = LinkCreateAttr { prog_fd, target, attach_type: kind as u32, flags };
     // SAFETY: BPF_LINK_CREATE reads LinkCreateAttr, which holds no pointer.
     owned(unsafe { bpf(bpf_cmd::BPF_LINK_CREATE, &mut attr) }?)
 }
@@ -123,6 +128,42 @@ pub(super) fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::
     };
     // SAFETY: BPF_LINK_UPDATE reads LinkUpdateAttr, which holds no pointer.
     unsafe { bpf(bpf_cmd::BPF_LINK_UPDATE, &mut attr) }.map(drop)
+}
+
+/// Detaches a link at once, whoever else has it open.
+pub(super) fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
+    let mut link_fd = link.as_raw_fd().cast_unsigned();
+    // SAFETY: BPF_LINK_DETACH reads one descriptor.
+    unsafe { bpf(bpf_cmd::BPF_LINK_DETACH, &mut link_fd) }.map(drop)
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct QueryAttr {
+    target: u32,
+    attach_type: u32,
+    query_flags: u32,
+    attach_flags: u32,
+    prog_ids: u64,
+    count: u32,
+    pad: u32,
+    prog_attach_flags: u64,
+    link_ids: u64,
+    link_attach_flags: u64,
+    revision: u64,
+}
+
+/// How many programs are attached to an interface by tcx; 0 where the kernel knows no tcx (before Linux 6.6).
+pub(super) fn tcx_programs(interface: u32, kind: bpf_attach_type) -> io::Result<u32> {
+    let mut attr = QueryAttr { target: interface, attach_type: kind as u32, ..QueryAttr::default() };
+    // SAFETY: BPF_PROG_QUERY writes flags, count and revision back into QueryAttr, which has room for all of them;
+    // there is no array of ids that it could fill.
+    match unsafe { bpf(bpf_cmd::BPF_PROG_QUERY, &mut attr) } {
+        Ok(_) => Ok(attr.count),
+        // ENOENT: Linux 6.6 and 6.7 where nothing is attached.
+        Err(e) if matches!(e.raw_os_error(), Some(libc::EINVAL | libc::ENOENT)) => Ok(0),
+        Err(e) => Err(e),
+    }
 }
 
 #[repr(C)]

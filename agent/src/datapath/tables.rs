@@ -22,15 +22,16 @@ mod tests;
 /// What is known of one address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct AddressInfo {
-    /// The policy subject behind it; unknown for a Service.
+    /// The policy subject behind it; for a Service the number of its rows, unknown where it has none.
     pub subject: SubjectId,
     /// A Pod that the mesh handles.
     pub enrolled: bool,
     /// That Pod is on this node.
     pub local: bool,
-    /// That Pod takes mTLS or nothing.
+    /// That Pod takes mTLS or nothing; a Service: one of its enrolled Pods on other nodes does.
     pub strict: bool,
-    /// Rows decide about that Pod; a missing row means deny.
+    /// Rows decide about that Pod; a missing row means deny. A Service: enrolled Pods of other nodes are behind it, and
+    /// rows decide about what is not TCP.
     pub policed: bool,
     /// A local Pod may reach it in the kernel.
     pub shortcut: bool,
@@ -68,7 +69,7 @@ impl Tables {
     /// Computes the tables that `node` needs.
     pub fn compile(state: &MeshState, node: &str) -> Self {
         let policy = kernel::compile(state, node);
-        let addresses = addresses(state, node);
+        let addresses = addresses(state, node, &policy.services);
         let vip_denied = vip_denied(state, node, &policy.rows);
         let mesh = state.config().map(|c| c.ranges.as_slice()).unwrap_or_default();
         Self {
@@ -82,12 +83,24 @@ impl Tables {
     }
 }
 
-fn addresses(state: &MeshState, node: &str) -> BTreeMap<IpAddr, AddressInfo> {
+fn addresses(
+    state: &MeshState,
+    node: &str,
+    guarded: &BTreeMap<NamespacedName, kernel::ServiceSubject>,
+) -> BTreeMap<IpAddr, AddressInfo> {
     let shortcut = state.config().is_some_and(|c| c.same_node == SameNode::Shortcut);
-    let services = state.services().flat_map(|s| &s.addresses);
-    let mut addresses: BTreeMap<_, _> = services
-        .map(|a| (a.to_canonical(), AddressInfo { service: true, ..AddressInfo::default() }))
-        .collect();
+    let mut addresses = BTreeMap::new();
+    for service in state.services() {
+        let guard = guarded.get(&service.name);
+        let info = AddressInfo {
+            subject: guard.map_or(SubjectId::UNKNOWN, |guard| guard.subject),
+            strict: guard.is_some_and(|guard| guard.strict),
+            policed: guard.is_some(),
+            service: true,
+            ..AddressInfo::default()
+        };
+        addresses.extend(service.addresses.iter().map(|a| (a.to_canonical(), info)));
+    }
     for workload in state.workloads() {
         let enrolled = workload.mode.enrolled();
         let local = enrolled && workload.node.as_ref() == node;

@@ -2,16 +2,19 @@
 
 use std::{
     fs::{self, File},
-    io,
+    io::{self, Write as _},
     net::IpAddr,
     os::fd::AsFd,
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, Stdio},
     sync::{
         Mutex, PoisonError,
         atomic::{AtomicU32, Ordering},
     },
+    time::{Duration, Instant},
 };
+
+pub(crate) mod bpf;
 
 use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space};
 use weft_agent::datapath::{Datapath, DatapathConfig, PodSpec};
@@ -36,7 +39,46 @@ pub(crate) struct World {
 pub(crate) struct PodHost {
     pub(crate) uid: WorkloadUid,
     pub(crate) netns: PathBuf,
+    /// The host's end of its veth.
+    pub(crate) veth: String,
     pub(crate) addresses: Vec<IpAddr>,
+}
+
+/// Runs several commands of `ip` in one process.
+fn batch(arguments: &[&str], commands: &str) {
+    let mut ip = Command::new("ip")
+        .args(arguments)
+        .args(["-batch", "-"])
+        .stdin(Stdio::piped())
+        .spawn()
+        .expect("iproute2 is installed");
+    ip.stdin.take().expect("a pipe").write_all(commands.as_bytes()).expect("written");
+    assert!(ip.wait().expect("ended").success(), "ip {arguments:?}: {commands}; these tests need root");
+}
+
+/// Runs `tc`; what it printed.
+pub(crate) fn tc(arguments: &str) -> String {
+    tc_with(arguments, &[])
+}
+
+/// Runs `tc` with further arguments that may hold blanks; what it printed.
+pub(crate) fn tc_with(arguments: &str, more: &[&str]) -> String {
+    let output =
+        Command::new("tc").args(arguments.split(' ')).args(more).output().expect("iproute2 is installed");
+    assert!(output.status.success(), "tc {arguments}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// Looks at `condition` again and again until it gives something; at most `limit` long.
+pub(crate) fn until<T>(limit: Duration, what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
+    let began = Instant::now();
+    loop {
+        if let Some(found) = condition() {
+            return found;
+        }
+        assert!(began.elapsed() < limit, "waited {limit:?} for {what}");
+        std::thread::yield_now();
+    }
 }
 
 fn ip(arguments: &str) {
@@ -73,6 +115,7 @@ impl World {
                 unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNET) }
                     .expect("a namespace; run as root");
                 ip("link set lo up");
+                let _standing = Standing(&world);
                 test(&world);
             });
             if let Err(panic) = node.join() {
@@ -102,10 +145,31 @@ impl World {
         }
     }
 
+    /// The pin of a link.
+    pub(crate) fn pin(&self, name: &str) -> PathBuf {
+        self.bpffs.path().join("links").join(name)
+    }
+
+    /// Where everything is pinned.
+    pub(crate) fn bpffs(&self) -> &Path {
+        self.bpffs.path()
+    }
+
+    /// The cgroup below which programs are attached.
+    pub(crate) fn cgroup(&self) -> &Path {
+        &self.cgroup
+    }
+
+    /// The folders of Pods with filters.
+    pub(crate) fn records(&self) -> usize {
+        fs::read_dir(self.bpffs.path().join("filters")).map_or(0, Iterator::count)
+    }
+
     /// The pinned links.
     pub(crate) fn pins(&self) -> Vec<PathBuf> {
         let folder = self.bpffs.path().join("links");
-        fs::read_dir(folder).expect("links").map(|entry| entry.expect("entry").path()).collect()
+        let Ok(entries) = fs::read_dir(folder) else { return Vec::new() };
+        entries.map(|entry| entry.expect("entry").path()).collect()
     }
 
     /// A new Pod, routed by its node.
@@ -116,28 +180,41 @@ impl World {
         let (v4, v6) = (format!("10.88.{high}.{low}"), format!("fd88::{number:x}"));
         ip(&format!("netns add {name}"));
         self.namespaces.lock().unwrap_or_else(PoisonError::into_inner).push(name.clone());
-        ip(&format!("link add veth{number} type veth peer name eth0 netns {name}"));
-        ip(&format!("link set veth{number} up"));
-        for setup in ["link set lo up", "link set eth0 up"] {
-            ip(&format!("-n {name} {setup}"));
-        }
-        ip(&format!("-n {name} addr add {v4}/32 dev eth0"));
-        ip(&format!("-n {name} addr add {v6}/128 dev eth0 nodad"));
+        let veth = format!("veth{number}");
         // Routed, as Calico does it: the gateway is a link-local address that the node answers for.
-        ip(&format!("addr add 169.254.1.1/32 dev veth{number}"));
-        ip(&format!("-6 addr add fe80::1/64 dev veth{number} nodad"));
-        ip(&format!("-n {name} route add 169.254.1.1 dev eth0"));
-        ip(&format!("-n {name} route add default via 169.254.1.1"));
-        ip(&format!("-n {name} -6 route add default via fe80::1 dev eth0"));
-        ip(&format!("route add {v4}/32 dev veth{number}"));
-        ip(&format!("-6 route add {v6}/128 dev veth{number}"));
+        batch(
+            &[],
+            &format!(
+                "link add {veth} type veth peer name eth0 netns {name}\nlink set {veth} up\n\
+                 addr add 169.254.1.1/32 dev {veth}\naddr add fe80::1/64 dev {veth} nodad\n\
+                 route add {v4}/32 dev {veth}\nroute add {v6}/128 dev {veth}\n"
+            ),
+        );
+        batch(
+            &["-n", &name],
+            &format!(
+                "link set lo up\nlink set eth0 up\naddr add {v4}/32 dev eth0\n\
+                 addr add {v6}/128 dev eth0 nodad\nroute add 169.254.1.1 dev eth0\n\
+                 route add default via 169.254.1.1\nroute add default via fe80::1 dev eth0\n"
+            ),
+        );
         fs::write("/proc/sys/net/ipv4/ip_forward", "1").expect("forwarding");
         fs::write("/proc/sys/net/ipv6/conf/all/forwarding", "1").expect("forwarding");
         PodHost {
             uid: WorkloadUid::from(format!("00000000-0000-0000-0000-{number:012}").as_str()),
             netns: Path::new("/run/netns").join(name),
+            veth,
             addresses: vec![v4.parse().expect("address"), v6.parse().expect("address")],
         }
+    }
+}
+
+/// A node that still has its network namespace, in which filters are.
+struct Standing<'a>(&'a World);
+
+impl Drop for Standing<'_> {
+    fn drop(&mut self) {
+        Datapath::uninstall(self.0.bpffs.path()).expect("uninstall");
     }
 }
 
@@ -147,7 +224,6 @@ impl Drop for World {
         for name in self.namespaces.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
             ip(&format!("netns del {name}"));
         }
-        Datapath::uninstall(self.bpffs.path()).expect("uninstall");
         rustix::mount::unmount(self.bpffs.path(), rustix::mount::UnmountFlags::DETACH).expect("unmount");
         fs::remove_dir(self.cgroup.join("agent")).expect("the cgroup is empty");
         fs::remove_dir(&self.cgroup).expect("the cgroup is empty");

@@ -4,7 +4,7 @@ use weft_core::{
     Delta, MeshConfig, Policy, Resource, Service, SpiffeId, TrustDomain, Workload,
     config::Telemetry,
     policy::{Action, PortRef, Protocol, Rule, Source},
-    service::{AppProtocol, Endpoint, ServicePort},
+    service::{AppProtocol, Endpoint, PacketPort, ServicePort},
     workload::{FailMode, Owner},
 };
 
@@ -18,6 +18,7 @@ fn config() -> MeshConfig {
     MeshConfig {
         trust_domain: domain(),
         svid_lifetime: Duration::from_secs(3600),
+        namespaces: std::collections::BTreeMap::new(),
         same_node: SameNode::Shortcut,
         unknown_pods: UnknownPods::RefuseMesh,
         ranges: vec!["10.0.0.0/8".parse().expect("range")],
@@ -68,6 +69,7 @@ fn service(endpoints: &[(&str, &str, bool)]) -> Service {
     let endpoint = |(name, address, ready): &(&str, &str, bool)| Endpoint {
         address: address.parse().expect("address"),
         ports: BTreeMap::from([(80, 8080)]),
+        packet_ports: Vec::new(),
         workload: Some((*name).into()),
         ready: *ready,
     };
@@ -123,6 +125,35 @@ fn addresses_say_who_and_where() {
     assert_eq!(info("10.1.0.3"), AddressInfo { subject: SubjectId(302), ..AddressInfo::default() });
     assert!(!info("10.1.0.4").shortcut, "a NetworkPolicy is the CNI's to enforce");
     assert_eq!(info("10.96.0.1"), AddressInfo { service: true, ..AddressInfo::default() });
+}
+
+#[test]
+fn a_service_with_the_mesh_behind_it_elsewhere_has_rows_for_packets() {
+    let compile = |name, mode| {
+        let mut far = workload("far", 310, "b", "10.1.0.10");
+        far.mode = mode;
+        let mut service = service(&[(name, "10.1.0.10", true)]);
+        service.endpoints[0].packet_ports = vec![PacketPort { protocol: 17, port: 53, target: 53 }];
+        let mut all = pods(vec![workload("front", 300, "a", "10.1.0.1"), far]);
+        all.push(Resource::Service(Arc::new(service)));
+        all.push(Resource::Config(Arc::new(config())));
+        Tables::compile(&state(all), "a")
+    };
+    for (mode, strict) in [(Mode::Strict, true), (Mode::Permissive, false)] {
+        let tables = compile("far", mode);
+        let vip = tables.addresses[&address("10.96.0.1")];
+        assert_eq!((vip.service, vip.policed, vip.strict, vip.enrolled), (true, true, strict, false));
+        let [row] = tables.rows[..] else { panic!("{:?}", tables.rows) };
+        assert_eq!((row.source, row.destination), (SubjectId(300), vip.subject));
+        assert_eq!((row.port, row.protocol, row.verdict), (53, 17, RowVerdict::Allow), "never in plaintext");
+    }
+    let tables = compile("far", Mode::Disabled);
+    assert_eq!(
+        tables.addresses[&address("10.96.0.1")],
+        AddressInfo { service: true, ..AddressInfo::default() },
+        "name resolution outside the mesh is nobody's business"
+    );
+    assert!(tables.rows.is_empty());
 }
 
 #[test]
