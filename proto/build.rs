@@ -9,7 +9,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             "flow.proto",
             "relay.proto",
             "weft_flow.proto",
+            "weft_relay.proto",
             "health.proto",
+            "cri.proto",
+            "nri.proto",
+            "ttrpc.proto",
         ],
         ["proto"],
     )?;

@@ -18,7 +18,7 @@ use tonic::transport::Server;
 use weft_core::MeshState;
 use weft_identity::{
     CredentialManager,
-    client::{OperatorIssuer, TokenFile, channel},
+    client::{OperatorIssuer, TokenFile},
 };
 use weft_proto::{
     agent::agent_server::AgentServer, health::health_server::HealthServer,
@@ -28,9 +28,11 @@ use weft_proxy::{Proxy, ProxyConfig};
 use weft_runtime::{Admin, DrainWatcher, Readiness, Tasks, admin, drain, signal};
 
 use crate::{
+    bundle::{self, Way},
     config::Config,
     control::{Control, Link},
     datapath::{Datapath, DatapathConfig},
+    discovery,
     enrolment::{Enrolment, chain},
     events, files,
     flow::{
@@ -38,8 +40,11 @@ use crate::{
         server::{Health, Observer},
     },
     handover::{self, Predecessor},
+    kubelet,
     metrics::NodeCollector,
     node::{self, Command, Guards, Node, NodeStatus, Progress, Published},
+    ready,
+    relay::Relay,
     snapshot,
     status::AgentStatus,
 };
@@ -79,6 +84,24 @@ pub async fn run(config: Config) -> Result<()> {
         credentials: Some(readiness.guard("credentials")),
     };
 
+    if let Some(file) = &config.ready_file {
+        ready::remove(file)
+            .with_context(|| format!("{} cannot be written; see --ready-file", file.display()))?;
+    }
+    let published = Published {
+        state: watch::Sender::new(Arc::new(MeshState::default())),
+        policies: watch::Sender::new(Arc::default()),
+        status: watch::Sender::new(Arc::new(NodeStatus::default())),
+    };
+    // Before anything is taken over: who does not know the node's Pods cannot serve them.
+    let mut discovered = None;
+    if let Some(settings) = config.discovery() {
+        let state = published.state.subscribe();
+        let mut found = discovery::start(settings, state, &tasks, &drain, &mut registry)?;
+        found.first().await;
+        discovered = Some(found);
+    }
+
     // An older agent of this node leaves the kernel alone from here on; it serves until we have taken over.
     let handover_path = run_dir.join("handover.sock");
     let predecessor = Predecessor::prepare(&handover_path)
@@ -88,18 +111,22 @@ pub async fn run(config: Config) -> Result<()> {
     let (datapath, report) = load(&config).await?;
     tracing::info!(kernel = %report.kernel, cgroup = %report.cgroup_root.display(), adopted = report.adopted_links, "datapath loaded");
 
-    let operator = operator(&config)?;
+    let (watch, kubelet) =
+        kubelet::Keeper::new(datapath.clone(), config.discovery().is_some(), &mut registry);
+    tasks.spawn("kubelet", watch.run(drain.clone()));
+
+    let (operator, keeper) = bundle::channel(Way {
+        uri: config.operator.clone(),
+        server_name: config.operator_name.clone(),
+        bundle: config.bundle_file.clone(),
+    });
+    vital_until_drained(&tasks, "trust-bundle", &drain, keeper.run());
     let token = TokenFile::new(&config.token_file);
     let issuer = Arc::new(OperatorIssuer::new(operator.clone(), token.clone()));
     let (credentials, reader) = CredentialManager::new(issuer, Some(run_dir.join("credentials")));
     credentials.register(&mut registry);
     vital_until_drained(&tasks, "credentials", &drain, credentials.clone().run(drain.clone()));
 
-    let published = Published {
-        state: watch::Sender::new(Arc::new(MeshState::default())),
-        policies: watch::Sender::new(Arc::default()),
-        status: watch::Sender::new(Arc::new(NodeStatus::default())),
-    };
     let flows = FlowStore::new(FLOWS);
     let enricher = Arc::new(Enricher::new(flows.clone(), published.state.subscribe(), &mut registry));
     let proxy = Proxy::new(
@@ -111,6 +138,13 @@ pub async fn run(config: Config) -> Result<()> {
         tasks.clone(),
         drain.clone(),
     );
+    enricher.close_in(proxy.registry());
+    enricher.log_to_stdout(&config.node, config.log_json, &tasks, drain.clone());
+
+    let mut enrolment = Enrolment::new(&config.node, datapath.clone(), proxy, &mut registry);
+    if let Some(discovered) = discovered {
+        enrolment = enrolment.with_discovery(discovered);
+    }
 
     let link = Link::default();
     let snapshot_path = run_dir.join("snapshot.json");
@@ -118,7 +152,7 @@ pub async fn run(config: Config) -> Result<()> {
     let node = Node {
         name: config.node.clone(),
         datapath: datapath.clone(),
-        enrolment: Enrolment::new(&config.node, datapath.clone(), proxy, &mut registry),
+        enrolment,
         credentials: credentials.clone(),
         flows: flows.clone(),
         published: published.clone(),
@@ -146,8 +180,8 @@ pub async fn run(config: Config) -> Result<()> {
         flows.clone(),
     )));
     let control = Control {
-        channel: operator,
-        token,
+        channel: operator.clone(),
+        token: token.clone(),
         state: published.state.subscribe(),
         status: published.status.subscribe(),
         commands: commands.clone(),
@@ -170,23 +204,34 @@ pub async fn run(config: Config) -> Result<()> {
         kernel: report.kernel,
         started,
         datapath,
+        kubelet,
         status: published.status.subscribe(),
         credentials,
         link,
         flows,
         readiness: readiness.clone(),
     };
+    let (asked, answers) = (observer.clone(), status.clone());
+    let relay = Relay { channel: operator, token, observer: asked, status: answers, drain: serving.clone() };
+    vital_until_drained(&tasks, "relay", &drain, async move {
+        relay.run().await;
+        pending::<()>().await;
+    });
     let socket = config.observer();
     let listener =
         files::listen(&socket).with_context(|| format!("cannot listen at {}", socket.display()))?;
     tasks.vital("observer", serve(listener, observer, status, serving.clone()));
     let listener = listen(&config).await?;
+    let told = readiness.clone();
     let endpoint = admin::serve(listener, Admin::new(registry, readiness), serving);
     vital_until_drained(&tasks, "admin", &drain, async move {
         if let Err(error) = endpoint.await {
             tracing::error!(%error, "the admin endpoint ended");
         }
     });
+    if let Some(file) = config.ready_file.clone() {
+        tasks.spawn("ready-file", ready::tell(file, told, drain.clone()));
+    }
     let (replaced, replacement) = oneshot::channel();
     let listener = files::listen(&handover_path).context("cannot listen for a successor")?;
     let successor = handover::serve(listener, commands, drain.clone());
@@ -243,13 +288,6 @@ async fn load(config: &Config) -> Result<(Datapath, crate::datapath::LoadReport)
     };
     let loaded = tokio::task::spawn_blocking(move || Datapath::load(settings)).await?;
     loaded.context("the datapath cannot be loaded")
-}
-
-fn operator(config: &Config) -> Result<tonic::transport::Channel> {
-    let path = &config.bundle_file;
-    let bundle = std::fs::read(path)
-        .with_context(|| format!("the trust bundle {} cannot be read; see --bundle-file", path.display()))?;
-    Ok(channel(&config.operator, &config.operator_name, &bundle)?)
 }
 
 /// Waits until the first configuration is in the kernel and in the proxy.

@@ -8,6 +8,8 @@ use std::{
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::discovery::Settings;
+
 /// The agent of one node.
 #[derive(Debug, Parser)]
 #[command(name = "weft-agent", version, about, args_conflicts_with_subcommands = true)]
@@ -32,6 +34,12 @@ pub enum Command {
         #[arg(long, value_name = "DIR")]
         cgroup_root: Option<PathBuf>,
     },
+    /// Ends with success if the agent that writes the file (--ready-file) is ready: for a readiness probe
+    Ready {
+        /// The file
+        #[arg(long, value_name = "FILE")]
+        file: PathBuf,
+    },
 }
 
 /// Settings of a running agent.
@@ -43,6 +51,16 @@ pub struct Config {
     /// The operator: https://HOST:PORT
     #[arg(long, value_name = "URL", value_parser = https)]
     pub operator: String,
+    /// The container runtime's CRI socket: the node's Pods and their network namespaces come from it. Without it
+    /// they come from the Pods' annotations (directory mode)
+    #[arg(long, value_name = "SOCKET")]
+    pub cri: Option<PathBuf>,
+    /// The container runtime's NRI socket [default: beside the CRI socket's folder, or the host's]
+    #[arg(long, value_name = "SOCKET", requires = "cri")]
+    pub nri: Option<PathBuf>,
+    /// The node's root folder as the agent sees it (with hostPID: PID 1's)
+    #[arg(long, value_name = "DIR", default_value = "/proc/1/root")]
+    pub host_root: PathBuf,
     /// The name in the operator's certificate
     #[arg(long, value_name = "NAME", default_value = "weft-operator")]
     pub operator_name: String,
@@ -67,6 +85,10 @@ pub struct Config {
     /// Where /metrics, /healthz and /readyz are served
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:15020")]
     pub admin: SocketAddr,
+    /// A file that is there while this agent is ready, in a folder of the Pod's own (an emptyDir): /readyz of two agents
+    /// of one node, during an update, has one address
+    #[arg(long, value_name = "FILE")]
+    pub ready_file: Option<PathBuf>,
     /// How long connections may go on after a stop or a replacement, in seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub drain_seconds: u64,
@@ -99,6 +121,12 @@ impl Config {
         Duration::from_secs(self.drain_seconds)
     }
 
+    /// Where Pods are discovered; `None` in directory mode.
+    pub fn discovery(&self) -> Option<Settings> {
+        let (nri, host_root) = (self.nri.clone(), self.host_root.clone());
+        Some(Settings { cri: self.cri.clone()?, nri, host_root })
+    }
+
     /// Checks what the parser cannot.
     ///
     /// # Errors
@@ -116,6 +144,13 @@ impl Config {
 }
 
 fn https(text: &str) -> Result<String, String> {
+    if text.contains("$(") {
+        // The kubelet leaves a variable as it is where it has no value for it.
+        return Err(
+            "a variable in it was not expanded: Kubernetes knows a Service's address only in Pods that start after it, in its namespace; make sure that the Service weft-operator is there (kubectl -n weft-system get service weft-operator), then delete this Pod"
+                .into(),
+        );
+    }
     if text.starts_with("https://") {
         Ok(text.into())
     } else {
@@ -155,6 +190,24 @@ mod tests {
         let mut args = ARGS;
         args[4] = "http://10.0.0.1:15012";
         assert!(Cli::try_parse_from(args).is_err());
+    }
+
+    #[test]
+    fn an_operator_that_kubernetes_did_not_fill_in_is_refused_with_what_to_do() {
+        let mut args = ARGS;
+        args[4] = "https://$(WEFT_OPERATOR_SERVICE_HOST):15012";
+        let error = Cli::try_parse_from(args).unwrap_err().to_string();
+        assert!(error.contains("get service weft-operator"), "{error}");
+    }
+
+    #[test]
+    fn pods_are_discovered_only_where_a_runtime_is_named() {
+        let config = Cli::try_parse_from(ARGS).unwrap().run.unwrap();
+        assert!(config.discovery().is_none());
+        let args = ARGS.into_iter().chain(["--cri", "/run/containerd/containerd.sock"]);
+        let settings = Cli::try_parse_from(args).unwrap().run.unwrap().discovery().unwrap();
+        assert_eq!(settings.host_root, Path::new("/proc/1/root"));
+        assert!(Cli::try_parse_from(ARGS.into_iter().chain(["--nri", "/x"])).is_err());
     }
 
     #[test]

@@ -244,6 +244,13 @@ fn decode(answer: &SubscribeResponse) -> Decoded {
     decoded
 }
 
+/// Reads an answer of the operator as the link does, for the fuzzer: the change, and how many resources were rejected.
+#[cfg(feature = "fuzzing")]
+pub fn fuzz(answer: &SubscribeResponse) -> (Delta, usize) {
+    let decoded = decode(answer);
+    (decoded.delta, decoded.rejected.len())
+}
+
 fn cut(error: &dyn std::fmt::Display) -> String {
     error.to_string().chars().take(MAX_ERROR).collect()
 }

@@ -2,12 +2,12 @@
 
 use std::{
     fs, io,
-    io::Write as _,
-    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _},
+    os::unix::fs::{DirBuilderExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
 };
 
 use tokio::net::UnixListener;
+use weft_runtime::durable;
 
 /// Makes the run folder (0700) where it is missing.
 ///
@@ -40,23 +40,12 @@ pub fn listen(path: &Path) -> io::Result<UnixListener> {
     Ok(listener)
 }
 
-/// Writes a file (0600) so that readers see the old or the new content, never a part.
+/// Writes a file (0600) so that readers see the old or the new content, never a part, after a power cut too.
 ///
 /// # Errors
 /// When the folder cannot be written.
 pub fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
-    let beside = beside(path);
-    let written = (|| {
-        let mut file =
-            fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&beside)?;
-        file.write_all(content)?;
-        file.sync_data()?;
-        fs::rename(&beside, path)
-    })();
-    if written.is_err() {
-        let _ = fs::remove_file(&beside);
-    }
-    written
+    durable::replace(path, content, 0o600)
 }
 
 fn beside(path: &Path) -> PathBuf {

@@ -2,16 +2,21 @@
 #![deny(unsafe_code)]
 
 pub mod app;
+pub mod bundle;
 pub mod config;
 pub mod control;
 pub mod datapath;
+pub mod discovery;
 pub mod enrolment;
 pub mod events;
 pub mod files;
 pub mod flow;
 pub mod handover;
+pub mod kubelet;
 pub mod metrics;
 pub mod node;
+pub mod ready;
+pub mod relay;
 pub mod snapshot;
 pub mod status;
 #[cfg(test)]

@@ -23,6 +23,14 @@ fn main() -> ExitCode {
             }
             Err(error) => failed(&error.into()),
         },
+        (Some(Command::Ready { file }), _) => {
+            if file.exists() {
+                ExitCode::SUCCESS
+            } else {
+                tracing::error!("the agent is not ready yet; /readyz and its log name what is missing");
+                ExitCode::FAILURE
+            }
+        }
         (None, Some(config)) => {
             let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
                 Ok(runtime) => runtime,

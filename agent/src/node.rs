@@ -8,20 +8,21 @@ use std::{
 
 use prometheus_client::{metrics::counter::Counter, registry::Registry};
 use tokio::sync::{mpsc, oneshot, watch};
-use weft_core::{
-    Delta, MeshState, NamespacedName, ResourceKey, Version,
-    policy::eval::{Access, Caller, Outcome, judge},
-    workload::Mode,
-};
+use weft_core::{Delta, MeshState, NamespacedName, ResourceKey, Version};
 use weft_identity::CredentialManager;
 use weft_runtime::{DrainWatcher, ReadyGuard};
 
 use crate::{
-    datapath::{AttachmentStatus, Datapath, KernelConnection, Tables},
+    datapath::{AttachmentStatus, Datapath, Tables},
+    discovery::Sandboxes,
     enrolment::{self, Enrolment, LocalPod, chain},
     flow::FlowStore,
     snapshot,
 };
+
+mod revocation;
+
+pub use revocation::denied;
 
 /// How often attachments are looked at, failed Pods are tried again and ring losses are noted.
 const TICK: Duration = Duration::from_secs(1);
@@ -176,24 +177,45 @@ pub async fn run(
     mut node: Node,
     mut commands: mpsc::Receiver<Command>,
 ) -> Result<(), tokio::task::JoinError> {
+    let mut sandboxes = node.enrolment.sandboxes();
     let mut tick = tokio::time::interval(TICK);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
-        let command = tokio::select! {
+        let work = tokio::select! {
             command = commands.recv() => match command {
-                Some(command) => Some(command),
+                Some(command) => Work::Command(command),
                 None => return Ok(()),
             },
-            _ = tick.tick() => None,
+            () = changed(&mut sandboxes) => Work::Sandboxes,
+            _ = tick.tick() => Work::Tick,
         };
         node = tokio::task::spawn_blocking(move || {
-            match command {
-                Some(command) => node.handle(command),
-                None => node.tick(),
+            match work {
+                Work::Command(command) => node.handle(command),
+                Work::Sandboxes => node.look(),
+                Work::Tick => node.tick(),
             }
             node
         })
         .await?;
+    }
+}
+
+/// What the node does next.
+enum Work {
+    Command(Command),
+    Sandboxes,
+    Tick,
+}
+
+/// Waits for a change of the node's sandboxes.
+async fn changed(sandboxes: &mut Option<watch::Receiver<Option<Arc<Sandboxes>>>>) {
+    let ended = match sandboxes {
+        Some(sandboxes) => sandboxes.changed().await.is_err(),
+        None => true,
+    };
+    if ended {
+        std::future::pending::<()>().await;
     }
 }
 
@@ -244,7 +266,7 @@ impl Node {
         }
         self.enforce(&state, false);
         if live && !self.progress.swept && self.progress.pending.is_none() {
-            self.progress.swept = self.sweep(&state);
+            self.progress.swept = self.sweep();
         }
     }
 
@@ -268,7 +290,7 @@ impl Node {
         self.published.policies.send_replace(Arc::new(tables.policies.clone()));
         let reconciled = self.datapath.reconcile(&tables);
         self.published.state.send_replace(state.clone());
-        self.enrolment.reconcile(state, anew);
+        let tightened = self.enrolment.reconcile(state, anew);
         let changes = match reconciled {
             Ok(changes) => changes,
             Err(error) => {
@@ -281,7 +303,7 @@ impl Node {
             }
         };
         tracing::debug!(version = %state.version(), inserted = changes.inserted, removed = changes.removed, "enforced");
-        if changes.inserted + changes.removed > 0 {
+        if tightened || changes.inserted + changes.removed > 0 {
             self.revoke(state);
         }
         self.progress.pending = None;
@@ -311,8 +333,9 @@ impl Node {
         }
     }
 
-    fn sweep(&self, state: &MeshState) -> bool {
-        match self.datapath.sweep(&enrolment::wanted(state, &self.name)) {
+    fn sweep(&self) -> bool {
+        let Some(kept) = self.enrolment.kept() else { return false };
+        match self.datapath.sweep(&kept) {
             Ok(0) => true,
             Ok(swept) => {
                 tracing::info!(swept, "what belonged to Pods that are gone was removed");
@@ -340,11 +363,29 @@ impl Node {
             let state = self.published.state.borrow().clone();
             if self.progress.pending.is_some() && state.config().is_some() {
                 self.enforce(&state, false);
-            } else if self.enrolment.incomplete(&state) {
-                self.enrolment.reconcile(&state, false);
+            } else if self.enrolment.incomplete() {
+                self.bring(&state);
             }
         }
         self.publish_status();
+    }
+
+    /// The node's sandboxes changed.
+    fn look(&mut self) {
+        // Until this agent has taken over, the other one's Pods are left to it.
+        if self.retired() || self.progress.takeover {
+            return;
+        }
+        let state = self.published.state.borrow().clone();
+        self.bring(&state);
+        self.publish_status();
+    }
+
+    /// Brings the Pods to what `state` wants; its tables are in the kernel already.
+    fn bring(&mut self, state: &MeshState) {
+        if self.enrolment.reconcile(state, false) {
+            self.revoke(state);
+        }
     }
 
     fn check(&mut self) {
@@ -378,30 +419,6 @@ impl Node {
         let pods = self.enrolment.status();
         self.published.status.send_modify(|s| Arc::make_mut(s).pods = pods);
     }
-}
-
-/// Whether something that passes beside the proxy must end: policy refuses it, wants to see its requests, or the
-/// two Pods may no longer use the shortcut.
-pub fn denied(state: &MeshState, connection: &KernelConnection<'_>) -> bool {
-    let Some(destination) = state.workload(connection.pod) else { return false };
-    if !destination.mode.enrolled() {
-        return false;
-    }
-    let client = connection.client.ip().to_canonical();
-    let source = state.workload_at(client).filter(|w| w.mode.enrolled());
-    let caller = source.map_or(Caller::Unauthenticated(client), |w| Caller::Authenticated(&w.identity));
-    let access =
-        Access { caller, destination, port: connection.server.port(), protocol: connection.protocol };
-    let decision = judge(state, &access);
-    if decision.outcome != Outcome::Allow {
-        return true;
-    }
-    let Some(source) = source else { return false };
-    if connection.protocol == 6 {
-        return !state.shortcut(source, destination);
-    }
-    let strict = source.mode == Mode::Strict || destination.mode == Mode::Strict;
-    source.node != destination.node && strict && !decision.plaintext
 }
 
 #[cfg(test)]

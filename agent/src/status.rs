@@ -10,7 +10,7 @@ use weft_proto::agent::{
 };
 use weft_runtime::Readiness;
 
-use crate::{control::Link, datapath::Datapath, flow::FlowStore, node::NodeStatus};
+use crate::{control::Link, datapath::Datapath, flow::FlowStore, kubelet::Kubelet, node::NodeStatus};
 
 /// Everything the answer is made of.
 #[derive(Clone)]
@@ -23,6 +23,8 @@ pub struct AgentStatus {
     pub started: SystemTime,
     /// The kernel side, for the maps.
     pub datapath: Datapath,
+    /// The node's kubelet.
+    pub kubelet: Kubelet,
     /// The node.
     pub status: watch::Receiver<Arc<NodeStatus>>,
     /// The credentials.
@@ -56,19 +58,30 @@ impl AgentStatus {
                     // A problem that a repair has ended is history.
                     problem: a.problem.clone().filter(|_| !a.healthy).unwrap_or_default(),
                 })
+                .chain(self.kubelet.problem().map(|problem| Program {
+                    name: "kubelet-probes".into(),
+                    attached_to: "strict Pods".into(),
+                    problem: problem.to_string(),
+                    ..Program::default()
+                }))
                 .collect(),
             pods: node
                 .pods
                 .iter()
-                .map(|p| Pod {
-                    namespace: p.workload.name.namespace.to_string(),
-                    name: p.workload.name.name.to_string(),
-                    uid: p.workload.uid.to_string(),
-                    identity: p.workload.identity.to_string(),
-                    subject: p.workload.subject.0,
-                    mode: format!("{:?}", p.workload.mode).to_lowercase(),
-                    addresses: p.workload.addresses.iter().map(ToString::to_string).collect(),
-                    problem: p.problem.clone().unwrap_or_default(),
+                .map(|p| {
+                    let workload = p.workload.as_deref();
+                    Pod {
+                        namespace: p.name.namespace.to_string(),
+                        name: p.name.name.to_string(),
+                        uid: p.uid.to_string(),
+                        identity: workload.map(|w| w.identity.to_string()).unwrap_or_default(),
+                        subject: workload.map(|w| w.subject.0).unwrap_or_default(),
+                        mode: workload.map(|w| format!("{:?}", w.mode).to_lowercase()).unwrap_or_default(),
+                        addresses: workload
+                            .map(|w| w.addresses.iter().map(ToString::to_string).collect())
+                            .unwrap_or_default(),
+                        problem: p.problem.clone().unwrap_or_default(),
+                    }
                 })
                 .collect(),
             svids: self

@@ -36,6 +36,7 @@ pub(crate) fn delta(workloads: impl IntoIterator<Item = Workload>) -> Delta {
     let config = MeshConfig {
         trust_domain: TrustDomain::new("cluster.local").unwrap(),
         svid_lifetime: Duration::from_secs(3600),
+        namespaces: std::collections::BTreeMap::new(),
         same_node: SameNode::Shortcut,
         unknown_pods: UnknownPods::RefuseMesh,
         ranges: vec!["10.1.0.0/16".parse().unwrap()],

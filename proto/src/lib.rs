@@ -1,4 +1,5 @@
-//! The protocols: operator and agent (`control`), an agent's own state (`agent`), flows (`observer`, `flow`).
+//! The protocols: operator and agent (`control`), an agent's own state (`agent`), flows (`observer`, `flow`),
+//! and the container runtime's (`cri`, `nri`, `ttrpc`).
 #![forbid(unsafe_code)]
 #![allow(
     missing_docs,
@@ -41,7 +42,38 @@ pub mod weft_flow {
     pub const TYPE_URL: &str = "type.googleapis.com/weft.flow.v1.Flow";
 }
 
+/// Flows and states of all nodes through the operator.
+pub use weft::relay::v1 as weft_relay;
+
+/// Packages whose generated code names other packages, where it looks for them.
+mod weft {
+    pub(crate) mod agent {
+        pub(crate) use crate::agent as v1;
+    }
+
+    pub(crate) mod relay {
+        pub mod v1 {
+            tonic::include_proto!("weft.relay.v1");
+        }
+    }
+}
+
 /// The standard health service.
 pub mod health {
     tonic::include_proto!("grpc.health.v1");
+}
+
+/// The container runtime, as the kubelet speaks to it.
+pub mod cri {
+    tonic::include_proto!("runtime.v1");
+}
+
+/// The container runtime's plugins.
+pub mod nri {
+    tonic::include_proto!("nri.pkg.api.v1alpha1");
+}
+
+/// What NRI is spoken over.
+pub mod ttrpc {
+    tonic::include_proto!("ttrpc");
 }

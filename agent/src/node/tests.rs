@@ -1,13 +1,14 @@
 use std::sync::Arc;
 
 use weft_core::{
-    MeshState, NamespacedName, Policy, Resource,
+    MeshState, NamespacedName, Policy, Resource, Service,
     policy::{Action, PortRef, Protocol, Rule, Source},
+    service::{Endpoint, PacketPort},
     workload::Mode,
 };
 
 use super::*;
-use crate::testing;
+use crate::{datapath::KernelConnection, testing};
 
 fn state(change: impl FnOnce(&mut Vec<weft_core::Workload>, &mut Vec<Policy>)) -> MeshState {
     let mut workloads = vec![
@@ -42,7 +43,7 @@ fn allow(account: &str, protocol: Protocol, plaintext: bool) -> Policy {
 fn verdict(state: &MeshState, client: &str, protocol: u8) -> bool {
     let uid = "uid-web".into();
     let connection = KernelConnection {
-        pod: &uid,
+        pod: Some(&uid),
         client: client.parse().unwrap(),
         server: "10.1.1.2:80".parse().unwrap(),
         protocol,
@@ -71,4 +72,82 @@ fn connections_beside_the_proxy_follow_policy() {
     assert!(verdict(&state(|_, _| {}), "10.1.2.1:5000", 17));
     assert!(!verdict(&selected(allow("far", Protocol::Udp, true)), "10.1.2.1:5000", 17));
     assert!(verdict(&selected(allow("far", Protocol::Udp, false)), "10.1.2.1:5000", 17));
+}
+
+/// A flow of UDP that the client of node-a opened.
+fn outgoing(state: &MeshState, server: &str) -> bool {
+    let connection = KernelConnection {
+        pod: None,
+        client: "10.1.1.1:5000".parse().unwrap(),
+        server: server.parse().unwrap(),
+        protocol: 17,
+    };
+    denied(state, &connection)
+}
+
+#[test]
+fn a_clients_flows_are_judged_by_who_is_called() {
+    // What selects the client says what it takes, not whom it may call.
+    let policed = |plaintext: bool| {
+        move |workloads: &mut Vec<weft_core::Workload>, policies: &mut Vec<Policy>| {
+            workloads[0].policies = vec![NamespacedName::new("shop", "none")];
+            policies.push(Policy {
+                name: NamespacedName::new("shop", "none"),
+                ..allow("nobody", Protocol::Udp, true)
+            });
+            let rule = allow("client", Protocol::Udp, plaintext);
+            workloads[2].policies = vec![rule.name.clone()];
+            policies.push(rule);
+        }
+    };
+    let open = state(policed(true));
+    assert!(!outgoing(&open, "192.0.2.53:53"), "outside the mesh");
+    assert!(!outgoing(&open, "10.1.9.9:53"), "of nobody");
+    assert!(!outgoing(&open, "10.1.2.1:80"));
+    assert!(outgoing(&open, "10.1.2.1:81"), "a port of no rule");
+    assert!(outgoing(&state(policed(false)), "10.1.2.1:80"), "no right to go without a tunnel");
+    let disabled = state(|workloads, _| workloads[2].mode = Mode::Disabled);
+    assert!(!outgoing(&disabled, "10.1.2.1:80"));
+}
+
+#[test]
+fn a_flow_to_a_services_address_ends_with_the_right_to_one_behind_it() {
+    let service = |state: MeshState, endpoints: &[(&str, Option<&str>)]| {
+        let endpoint = |(address, workload): &(&str, Option<&str>)| Endpoint {
+            address: address.parse().unwrap(),
+            ports: Default::default(),
+            packet_ports: vec![PacketPort { protocol: 17, port: 53, target: 80 }],
+            workload: workload.map(Into::into),
+            ready: true,
+        };
+        let service = Service {
+            name: NamespacedName::new("shop", "dns"),
+            addresses: vec!["10.96.0.10".parse().unwrap()],
+            ports: Vec::new(),
+            endpoints: endpoints.iter().map(endpoint).collect(),
+        };
+        let mut delta = state.to_delta();
+        delta.upserted.push(Resource::Service(Arc::new(service)));
+        MeshState::default().apply(&delta)
+    };
+    let remote = [("10.1.2.1", Some("uid-far"))];
+    let rule = |plaintext: bool| {
+        move |workloads: &mut Vec<weft_core::Workload>, policies: &mut Vec<Policy>| {
+            let rule = allow("client", Protocol::Udp, plaintext);
+            workloads[2].policies = vec![rule.name.clone()];
+            policies.push(rule);
+        }
+    };
+    assert!(!outgoing(&service(state(rule(true)), &remote), "10.96.0.10:53"));
+    assert!(outgoing(&service(state(rule(false)), &remote), "10.96.0.10:53"));
+    assert!(outgoing(&service(state(|_, _| {}), &remote), "10.96.0.10:53"));
+    assert!(outgoing(&service(state(rule(true)), &remote), "10.96.0.10:54"), "a port of no endpoint");
+    // Nothing is known of the Pod: it may be a strict one.
+    assert!(outgoing(&service(state(|_, _| {}), &[("10.1.2.9", Some("uid-new"))]), "10.96.0.10:53"));
+    // Endpoints of this node are judged where the packet arrives, those outside the mesh nowhere.
+    assert!(!outgoing(&service(state(|_, _| {}), &[("10.1.1.2", Some("uid-web"))]), "10.96.0.10:53"));
+    assert!(!outgoing(&service(state(|_, _| {}), &[("192.0.2.53", None)]), "10.96.0.10:53"));
+    // Neither side is strict.
+    let lenient = state(|workloads, _| workloads.iter_mut().for_each(|w| w.mode = Mode::Permissive));
+    assert!(!outgoing(&service(lenient, &remote), "10.96.0.10:53"));
 }
