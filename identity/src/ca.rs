@@ -22,7 +22,7 @@ use x509_parser::{
 };
 use zeroize::{Zeroize, Zeroizing};
 
-use crate::issuer::{BoxFuture, IssueError, Issuer, Signed};
+use crate::issuer::{BoxFuture, CsrSigner, IssueError, Signed};
 
 mod file;
 
@@ -294,7 +294,7 @@ impl fmt::Debug for ServerCredentials {
     }
 }
 
-/// An [`Issuer`] in the same process as the authority: for one machine without an operator, and for tests.
+/// An [`Issuer`](crate::Issuer) in the same process as the authority: for one machine without an operator, and for tests.
 #[derive(Debug)]
 pub struct LocalIssuer {
     /// The authority.
@@ -303,7 +303,7 @@ pub struct LocalIssuer {
     pub lifetime: Duration,
 }
 
-impl Issuer for LocalIssuer {
+impl CsrSigner for LocalIssuer {
     fn sign<'a>(&'a self, id: &'a SpiffeId, csr_der: Vec<u8>) -> BoxFuture<'a, Result<Signed, IssueError>> {
         Box::pin(async move {
             self.ca.sign(id, &csr_der, self.lifetime).map_err(|error| IssueError::Denied(error.to_string()))

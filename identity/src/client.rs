@@ -1,7 +1,11 @@
 //! The operator as an issuer, over gRPC.
 
-use std::{fmt, io, path::PathBuf, time::Duration};
+use std::{fmt, io, os::unix::fs::MetadataExt, path::PathBuf, time::Duration};
 
+use futures_util::{
+    StreamExt, TryStreamExt,
+    stream::{self, BoxStream},
+};
 use rustls_pki_types::CertificateDer;
 use tokio::{fs::File, io::AsyncReadExt};
 use tonic::{
@@ -10,10 +14,10 @@ use tonic::{
     transport::{Certificate, Channel, ClientTlsConfig, Endpoint},
 };
 use weft_core::SpiffeId;
-use weft_proto::control::{SignRequest, identity_client::IdentityClient};
+use weft_proto::control::{SignRequest, TrustRequest, TrustResponse, identity_client::IdentityClient};
 use zeroize::Zeroizing;
 
-use crate::issuer::{BoxFuture, IssueError, Issuer, Signed};
+use crate::issuer::{BoxFuture, CsrSigner, IssueError, Signed, Update};
 
 /// How long one call may take.
 const CALL_TIMEOUT: Duration = Duration::from_secs(10);
@@ -102,9 +106,28 @@ impl OperatorIssuer {
     }
 }
 
-impl Issuer for OperatorIssuer {
+impl CsrSigner for OperatorIssuer {
     fn sign<'a>(&'a self, id: &'a SpiffeId, csr_der: Vec<u8>) -> BoxFuture<'a, Result<Signed, IssueError>> {
         Box::pin(self.call(id, csr_der))
+    }
+
+    fn updates(&self) -> BoxStream<'_, Result<Update, IssueError>> {
+        let opened = async {
+            let mut request = Request::new(TrustRequest {});
+            let token = self.token.read().await.map_err(|error| IssueError::Request(error.to_string()))?;
+            request.metadata_mut().insert("authorization", token);
+            let mut client = self.client.clone();
+            let answers = client.trust(request).await.map_err(|status| refused(&status))?.into_inner();
+            Ok(answers.map(|answer| match answer {
+                Ok(TrustResponse { trust_domain, roots_der }) if roots_der.len() <= MAX_ROOTS => {
+                    let roots = roots_der.into_iter().map(CertificateDer::from).collect();
+                    Ok(Update::Roots { trust_domain, roots })
+                }
+                Ok(_) => Err(IssueError::Invalid("it holds too many roots".into())),
+                Err(status) => Err(refused(&status)),
+            }))
+        };
+        stream::once(opened).try_flatten().boxed()
     }
 }
 
@@ -123,18 +146,23 @@ impl TokenFile {
     /// The `authorization` header, marked as sensitive.
     ///
     /// # Errors
-    /// When the file cannot be read, is empty or holds what no token holds.
+    /// When the file cannot be read, others than its owner can use it, it is empty or holds what no token holds.
     pub async fn read(&self) -> io::Result<MetadataValue<Ascii>> {
         let named =
             |error: io::Error| io::Error::new(error.kind(), format!("token {}: {error}", self.0.display()));
+        let file = File::open(&self.0).await.map_err(named)?;
+        // Of the open file, not of the path: nobody can change one for the other in between.
+        let mode = file.metadata().await.map_err(named)?.mode() & 0o7777;
+        if mode & 0o077 != 0 {
+            let message = format!(
+                "others than its owner can use it (mode {mode:04o}), and who has it can act as this node; make a new \
+                 token and run `chmod 600` on the file (a Pod's projected token is 0600 once every container of the \
+                 Pod sets the same securityContext.runAsUser)"
+            );
+            return Err(named(io::Error::new(io::ErrorKind::PermissionDenied, message)));
+        }
         let mut text = Zeroizing::new(String::new());
-        File::open(&self.0)
-            .await
-            .map_err(named)?
-            .take(MAX_TOKEN)
-            .read_to_string(&mut text)
-            .await
-            .map_err(named)?;
+        file.take(MAX_TOKEN).read_to_string(&mut text).await.map_err(named)?;
         let token = text.trim();
         if token.is_empty() {
             return Err(named(io::Error::new(io::ErrorKind::InvalidData, "it is empty")));

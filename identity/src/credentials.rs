@@ -158,6 +158,11 @@ impl Credentials {
         &self.signed.chain
     }
 
+    /// The roots that peers' certificates must lead to.
+    pub fn roots(&self) -> &[CertificateDer<'static>] {
+        &self.signed.roots
+    }
+
     /// For accepting tunnels: TLS 1.3, ALPN `h2`, a client certificate of the same trust domain required,
     /// X25519MLKEM768 preferred, no resumption. Read the peer's id with [`crate::peer_identity`].
     pub fn server_config(&self) -> Arc<ServerConfig> {
@@ -179,6 +184,20 @@ impl Credentials {
     pub(crate) fn obtained_at(mut self, obtained: SystemTime) -> Self {
         self.obtained = obtained;
         self
+    }
+
+    /// The same key and certificates under other roots.
+    ///
+    /// # Errors
+    /// When the certificates do not lead to these roots.
+    pub(crate) fn with_roots(
+        &self,
+        roots: Vec<CertificateDer<'static>>,
+        now: SystemTime,
+    ) -> Result<Self, CredentialError> {
+        let key = SvidKey::from_pkcs8(zeroize::Zeroizing::new(self.key.pkcs8().to_vec()));
+        let signed = Signed { chain: self.signed.chain.clone(), roots };
+        Ok(Self::new(&self.id, key, signed, now)?.obtained_at(self.obtained))
     }
 
     pub(crate) fn obtained(&self) -> SystemTime {

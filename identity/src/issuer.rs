@@ -2,18 +2,89 @@
 
 use std::{future::Future, pin::Pin};
 
+use futures_util::{
+    StreamExt,
+    stream::{self, BoxStream},
+};
 use rustls_pki_types::CertificateDer;
 use weft_core::SpiffeId;
+
+use crate::SvidKey;
 
 /// A boxed future, so that issuers can be trait objects.
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
-/// Signs certificate requests of this node's workloads.
+/// Obtains credentials for this node's workloads.
 pub trait Issuer: Send + Sync {
+    /// A key for `id`, and the certificate and roots that go with it.
+    ///
+    /// The future may be dropped at any await.
+    fn issue<'a>(&'a self, id: &'a SpiffeId) -> BoxFuture<'a, Result<Issued, IssueError>>;
+
+    /// What comes without being asked for; the stream is made again, with pauses, when it fails or ends. An issuer
+    /// that never has any leaves it pending.
+    fn updates(&self) -> BoxStream<'_, Result<Update, IssueError>> {
+        stream::pending().boxed()
+    }
+
+    /// `id` is not wanted any more: an issuer that follows it stops.
+    fn forget(&self, _id: &SpiffeId) {}
+}
+
+/// What an issuer says by itself.
+#[derive(Debug)]
+pub enum Update {
+    /// The roots of a trust domain changed; keys and certificates stay.
+    Roots {
+        /// The trust domain.
+        trust_domain: String,
+        /// All roots.
+        roots: Vec<CertificateDer<'static>>,
+    },
+    /// An issuer that renews by its own clock did so.
+    Renewed {
+        /// Whose it is.
+        id: SpiffeId,
+        /// The new credential.
+        issued: Issued,
+    },
+}
+
+/// A credential as it was issued, not yet validated.
+#[derive(Debug)]
+pub struct Issued {
+    /// The private key.
+    pub key: SvidKey,
+    /// Its certificate, and the roots.
+    pub signed: Signed,
+}
+
+/// An issuer that signs requests: the key is made here and never leaves the node.
+pub trait CsrSigner: Send + Sync {
     /// Has `csr_der` (PKCS#10) signed for `id`. Only the request's key counts; names in it are ignored.
     ///
     /// The future may be dropped at any await.
     fn sign<'a>(&'a self, id: &'a SpiffeId, csr_der: Vec<u8>) -> BoxFuture<'a, Result<Signed, IssueError>>;
+
+    /// As [`Issuer::updates`].
+    fn updates(&self) -> BoxStream<'_, Result<Update, IssueError>> {
+        stream::pending().boxed()
+    }
+}
+
+impl<S: CsrSigner> Issuer for S {
+    fn issue<'a>(&'a self, id: &'a SpiffeId) -> BoxFuture<'a, Result<Issued, IssueError>> {
+        Box::pin(async move {
+            let key = SvidKey::generate().map_err(|error| IssueError::Request(error.to_string()))?;
+            let request = key.request(id).map_err(|error| IssueError::Request(error.to_string()))?;
+            let signed = self.sign(id, request).await?;
+            Ok(Issued { key, signed })
+        })
+    }
+
+    fn updates(&self) -> BoxStream<'_, Result<Update, IssueError>> {
+        CsrSigner::updates(self)
+    }
 }
 
 /// What an issuer gives for a request.

@@ -20,10 +20,12 @@ mod tls;
 mod verify;
 
 pub use credentials::{CredentialError, Credentials};
-pub use issuer::{BoxFuture, IssueError, Issuer, Signed};
+pub use issuer::{BoxFuture, CsrSigner, IssueError, Issued, Issuer, Signed, Update};
 pub use key::{KeyError, SvidKey};
 pub use manager::{Clock, CredentialManager, ManagerConfig, SvidStatus};
 pub use peer::{PeerError, peer_identity};
 pub use store::{CredentialPublisher, CredentialReader, credentials};
 pub use verify::IdentityError;
+#[cfg(feature = "fuzzing")]
+pub use verify::fuzz as fuzz_verify;
 pub use weft_core::{SpiffeId, TrustDomain};

@@ -11,19 +11,23 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use futures_util::{StreamExt, stream::FuturesUnordered};
+use futures_util::{
+    StreamExt,
+    stream::{self, BoxStream, FuturesUnordered},
+};
 use parking_lot::Mutex;
 use prometheus_client::{
     metrics::{counter::Counter, gauge::Gauge},
     registry::Registry,
 };
 use rand::Rng;
+use rustls_pki_types::CertificateDer;
 use tokio::{sync::Notify, time::timeout};
 use weft_core::SpiffeId;
 use weft_runtime::{Backoff, DrainWatcher};
 
 use crate::{
-    BoxFuture, CredentialReader, Credentials, IssueError, Issuer, SvidKey, cache::Cache, store::Store,
+    BoxFuture, CredentialReader, Credentials, IssueError, Issued, Issuer, Update, cache::Cache, store::Store,
 };
 
 /// The time of day, as far as expiry and renewal are concerned.
@@ -176,9 +180,14 @@ impl CredentialManager {
             tracing::error!("the credential manager runs already; please report this");
             return;
         }
-        Run { shared: &self.shared, slots: HashMap::new(), fetches: FuturesUnordered::new() }
-            .run(drain)
-            .await;
+        let run = Run {
+            shared: &self.shared,
+            slots: HashMap::new(),
+            fetches: FuturesUnordered::new(),
+            roots: HashMap::new(),
+            behind: false,
+        };
+        run.run(drain).await;
         self.shared.running.store(false, Ordering::Release);
     }
 }
@@ -208,19 +217,30 @@ struct Run<'a> {
     shared: &'a Shared,
     slots: HashMap<SpiffeId, Slot>,
     fetches: FuturesUnordered<BoxFuture<'a, (SpiffeId, Result<Credentials, IssueError>)>>,
+    /// What the issuer last said by itself, by trust domain.
+    roots: HashMap<String, Vec<CertificateDer<'static>>>,
+    /// An answer came with other roots than those.
+    behind: bool,
 }
 
 /// One wanted id.
 struct Slot {
     due: SystemTime,
     fetching: bool,
+    /// A credential of it was published.
+    held: bool,
     backoff: Backoff,
 }
 
 impl Run<'_> {
-    async fn run(&mut self, drain: DrainWatcher) {
+    async fn run(mut self, drain: DrainWatcher) {
         let mut drained = std::pin::pin!(drain.drained());
+        let mut updates = self.shared.updates();
         loop {
+            if std::mem::take(&mut self.behind) {
+                // Either of the two may be the older one: asked again, the issuer says what holds now.
+                updates = self.shared.updates();
+            }
             let changed = self.shared.changed.notified();
             let mut dirty = self.follow_wanted();
             dirty |= self.expire();
@@ -237,7 +257,51 @@ impl Run<'_> {
                         self.persist();
                     }
                 }
+                Some(update) = updates.next() => {
+                    if self.updated(update) {
+                        self.persist();
+                    }
+                }
                 () = tokio::time::sleep(wake) => {}
+            }
+        }
+    }
+
+    /// Takes what the issuer said by itself; true when anything was published.
+    fn updated(&mut self, update: Update) -> bool {
+        match update {
+            Update::Renewed { id, issued } => {
+                let result = self.shared.validate(&id, issued);
+                self.fetched(&id, result)
+            }
+            Update::Roots { trust_domain, roots } => {
+                let ids: Vec<SpiffeId> =
+                    self.slots.keys().filter(|id| id.trust_domain() == trust_domain).cloned().collect();
+                // All of them, not only until the first.
+                let changed = ids.iter().filter(|id| self.trust(id, &roots)).count() > 0;
+                self.roots.insert(trust_domain, roots);
+                changed
+            }
+        }
+    }
+
+    /// Publishes the credential of `id` again, under these roots.
+    fn trust(&mut self, id: &SpiffeId, roots: &[CertificateDer<'static>]) -> bool {
+        let shared = self.shared;
+        let (Some(held), Some(slot)) = (shared.store.get(id), self.slots.get_mut(id)) else { return false };
+        if held.signed().roots == roots {
+            return false;
+        }
+        match held.with_roots(roots.to_vec(), shared.config.clock.now()) {
+            Ok(credentials) => {
+                tracing::info!(%id, roots = roots.len(), "the trusted roots changed");
+                shared.store.publish(&Arc::new(credentials))
+            }
+            Err(error) => {
+                // Its root went before it did: peers refuse it already, so it is renewed at once.
+                tracing::warn!(%id, %error, "the credential does not lead to the new roots; another is fetched");
+                slot.due = shared.config.clock.now();
+                false
             }
         }
     }
@@ -246,18 +310,30 @@ impl Run<'_> {
     fn follow_wanted(&mut self) -> bool {
         let wanted = self.shared.store.wanted();
         let before = self.slots.len();
-        self.slots.retain(|id, _| wanted.contains(id));
+        self.slots.retain(|id, _| {
+            let stays = wanted.contains(id);
+            if !stays {
+                self.shared.issuer.forget(id);
+            }
+            stays
+        });
         let mut dirty = self.slots.len() != before;
         self.shared.problems.lock().retain(|id, _| wanted.contains(id));
         let config = &self.shared.config;
         for id in wanted {
-            if self.slots.contains_key(&id) {
+            let held = self.shared.store.get(&id);
+            if let Some(slot) = self.slots.get_mut(&id) {
+                // Unwanted and wanted again between two turns, it lost its credential.
+                if std::mem::replace(&mut slot.held, held.is_some()) && held.is_none() {
+                    slot.due = config.clock.now();
+                    dirty = true;
+                }
                 continue;
             }
-            let held = self.shared.store.get(&id);
+            let has = held.is_some();
             let due = held.map_or_else(|| config.clock.now(), |credentials| renewal(&credentials));
             let backoff = Backoff::new(config.retry_initial, config.retry_max);
-            self.slots.insert(id, Slot { due, fetching: false, backoff });
+            self.slots.insert(id, Slot { due, fetching: false, held: has, backoff });
             dirty = true;
         }
         dirty
@@ -312,6 +388,8 @@ impl Run<'_> {
                 slot.due = renewal(&credentials);
                 shared.problems.lock().remove(id);
                 tracing::debug!(%id, serial = credentials.serial(), "credential obtained");
+                let said = self.roots.get(id.trust_domain());
+                self.behind |= said.is_some_and(|roots| *roots != credentials.signed().roots);
                 shared.store.publish(&Arc::new(credentials))
             }
             Err(error) => {
@@ -349,13 +427,36 @@ impl Run<'_> {
 }
 
 impl Shared {
+    /// The issuer's updates, begun again with growing pauses whenever they end.
+    fn updates(&self) -> BoxStream<'_, Update> {
+        let backoff = Backoff::new(self.config.retry_initial, self.config.retry_max);
+        let begin = (self.issuer.updates(), backoff);
+        stream::unfold(begin, async move |(mut updates, mut backoff)| {
+            loop {
+                match updates.next().await {
+                    Some(Ok(update)) => {
+                        backoff.reset();
+                        return Some((update, (updates, backoff)));
+                    }
+                    Some(Err(error)) => tracing::debug!(%error, "changes of roots are not followed for now"),
+                    None => {}
+                }
+                tokio::time::sleep(backoff.next()).await;
+                updates = self.issuer.updates();
+            }
+        })
+        .boxed()
+    }
+
     async fn fetch(&self, id: &SpiffeId) -> Result<Credentials, IssueError> {
-        let key = SvidKey::generate().map_err(|error| IssueError::Request(error.to_string()))?;
-        let request = key.request(id).map_err(|error| IssueError::Request(error.to_string()))?;
-        let signed = timeout(self.config.timeout, self.issuer.sign(id, request)).await.map_err(|_| {
+        let issued = timeout(self.config.timeout, self.issuer.issue(id)).await.map_err(|_| {
             IssueError::Unavailable(format!("no answer within {} s", self.config.timeout.as_secs()))
         })??;
-        Credentials::new(id, key, signed, self.config.clock.now())
+        self.validate(id, issued)
+    }
+
+    fn validate(&self, id: &SpiffeId, issued: Issued) -> Result<Credentials, IssueError> {
+        Credentials::new(id, issued.key, issued.signed, self.config.clock.now())
             .map_err(|error| IssueError::Invalid(error.to_string()))
     }
 }

@@ -40,7 +40,7 @@ pub(crate) fn server_config(
 ) -> Result<ServerConfig, rustls::Error> {
     let mut config = ServerConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&TLS13])?
-        .with_client_cert_verifier(Arc::new(AnyWorkload(bundle)))
+        .with_client_cert_verifier(Arc::new(AnyWorkload { bundle }))
         .with_cert_resolver(Arc::new(SingleCertAndKey::from(key)));
     config.alpn_protocols = vec![ALPN.to_vec()];
     // A resumed session would skip the check of a certificate that policy may have revoked since.

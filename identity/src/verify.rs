@@ -124,9 +124,38 @@ impl fmt::Debug for TrustBundle {
     }
 }
 
+/// What both verifiers' traits ask for alike: signatures of TLS 1.3, and none of TLS 1.2, which is never offered.
+macro_rules! tls13_signatures {
+    () => {
+        fn verify_tls12_signature(
+            &self,
+            _message: &[u8],
+            _cert: &CertificateDer<'_>,
+            _dss: &DigitallySignedStruct,
+        ) -> Result<HandshakeSignatureValid, Error> {
+            Err(only_tls13())
+        }
+
+        fn verify_tls13_signature(
+            &self,
+            message: &[u8],
+            cert: &CertificateDer<'_>,
+            dss: &DigitallySignedStruct,
+        ) -> Result<HandshakeSignatureValid, Error> {
+            self.bundle.signature(message, cert, dss)
+        }
+
+        fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+            self.bundle.schemes()
+        }
+    };
+}
+
 /// The server's side: any workload of the trust domain may connect; what it may do is policy, later.
 #[derive(Debug)]
-pub(crate) struct AnyWorkload(pub(crate) Arc<TrustBundle>);
+pub(crate) struct AnyWorkload {
+    pub(crate) bundle: Arc<TrustBundle>,
+}
 
 impl ClientCertVerifier for AnyWorkload {
     fn root_hint_subjects(&self) -> &[DistinguishedName] {
@@ -139,32 +168,12 @@ impl ClientCertVerifier for AnyWorkload {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
-        self.0
+        self.bundle
             .verify(end_entity, intermediates, now, KeyUsage::client_auth())
             .map(|_| ClientCertVerified::assertion())
     }
 
-    fn verify_tls12_signature(
-        &self,
-        _message: &[u8],
-        _cert: &CertificateDer<'_>,
-        _dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        Err(only_tls13())
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        self.0.signature(message, cert, dss)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.0.schemes()
-    }
+    tls13_signatures!();
 }
 
 /// The client's side: exactly this peer.
@@ -191,27 +200,23 @@ impl ServerCertVerifier for ExpectedWorkload {
         }
     }
 
-    fn verify_tls12_signature(
-        &self,
-        _message: &[u8],
-        _cert: &CertificateDer<'_>,
-        _dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        Err(only_tls13())
-    }
+    tls13_signatures!();
+}
 
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        self.bundle.signature(message, cert, dss)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.bundle.schemes()
-    }
+/// Checks a chain as a handshake does, for the fuzzer.
+///
+/// # Errors
+/// As the handshake's.
+#[cfg(feature = "fuzzing")]
+pub fn fuzz(
+    domain: TrustDomain,
+    root: &CertificateDer<'static>,
+    leaf: &CertificateDer<'_>,
+    now: UnixTime,
+) -> Result<SpiffeId, Error> {
+    let bundle =
+        TrustBundle::new(domain, std::slice::from_ref(root), crate::tls::provider()).map_err(chain_error)?;
+    bundle.verify(leaf, &[], now, KeyUsage::server_auth())
 }
 
 fn only_tls13() -> Error {

@@ -5,6 +5,7 @@
 pub mod admin;
 pub mod backoff;
 pub mod drain;
+pub mod durable;
 pub mod readiness;
 pub mod signal;
 pub mod tasks;

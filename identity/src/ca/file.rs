@@ -1,9 +1,9 @@
 //! The authority's file: reading with a check of who else could, writing whole or not at all.
 
 use std::{
-    fs::{File, OpenOptions},
-    io::{ErrorKind, Read, Write},
-    os::unix::fs::{MetadataExt, OpenOptionsExt},
+    fs::File,
+    io::{ErrorKind, Read},
+    os::unix::fs::MetadataExt,
     path::Path,
     time::{Duration, SystemTime},
 };
@@ -12,6 +12,7 @@ use base64::{Engine, engine::general_purpose::STANDARD};
 use rcgen::{KeyPair, PKCS_ECDSA_P256_SHA256};
 use rustls_pki_types::{CertificateDer, PrivatePkcs8KeyDer, pem::PemObject};
 use weft_core::TrustDomain;
+use weft_runtime::durable;
 use x509_parser::{certificate::X509Certificate, extensions::GeneralName, prelude::FromDer};
 use zeroize::{Zeroize, Zeroizing};
 
@@ -41,25 +42,7 @@ pub(super) fn read(path: &Path) -> Result<Option<Zeroizing<String>>, CaError> {
 
 /// Writes a new file; false where one appeared in the meantime, which is then left as it is.
 pub(super) fn create(path: &Path, content: &[u8]) -> Result<bool, CaError> {
-    let fail = |error| io(path, error);
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let name = path.file_name().ok_or_else(|| fail(ErrorKind::InvalidInput.into()))?.to_string_lossy();
-    let temporary = folder.join(format!(".{name}.{}.{:08x}", std::process::id(), rand::random::<u32>()));
-    let written =
-        OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary).and_then(|mut file| {
-            file.write_all(content)?;
-            file.sync_all()?;
-            // A link, unlike a rename, never replaces the root that another process has just put there.
-            std::fs::hard_link(&temporary, path)?;
-            File::open(folder)?.sync_all()
-        });
-    // The content is under its own name now, or of no use.
-    let removed = std::fs::remove_file(&temporary);
-    match written {
-        Ok(()) => removed.map(|()| true).map_err(fail),
-        Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(false),
-        Err(error) => Err(fail(error)),
-    }
+    durable::create(path, content, 0o600).map_err(|error| io(path, error))
 }
 
 /// The one key and the certificates.

@@ -1,4 +1,4 @@
-use std::{net::SocketAddr, path::Path};
+use std::{fs::Permissions, net::SocketAddr, os::unix::fs::PermissionsExt, path::Path};
 
 use parking_lot::Mutex;
 use std::sync::Arc;
@@ -9,7 +9,7 @@ use tonic::{
     transport::{Identity as TlsIdentity, Server, ServerTlsConfig},
 };
 use weft_proto::control::{
-    SignResponse,
+    SignResponse, TrustResponse,
     identity_server::{Identity, IdentityServer},
 };
 use weft_runtime::Tasks;
@@ -30,6 +30,14 @@ struct Operator {
 
 #[tonic::async_trait]
 impl Identity for Operator {
+    type TrustStream = BoxStream<'static, Result<TrustResponse, Status>>;
+
+    async fn trust(&self, _: Request<TrustRequest>) -> Result<Response<Self::TrustStream>, Status> {
+        let roots_der = self.ca.roots().iter().map(|c| c.to_vec()).cycle().take(self.roots).collect();
+        let answer = TrustResponse { trust_domain: self.trust_domain.clone(), roots_der };
+        Ok(Response::new(stream::iter([Ok(answer)]).boxed()))
+    }
+
     async fn sign(&self, request: Request<SignRequest>) -> Result<Response<SignResponse>, Status> {
         let token =
             request.metadata().get("authorization").ok_or_else(|| Status::unauthenticated("no token"))?;
@@ -81,8 +89,12 @@ async fn start(trust_domain: &str, roots: usize) -> Fixture {
     let tasks = Tasks::new();
     tasks.vital("operator", async move { Ok(serving.await?) });
     let folder = tempfile::tempdir().unwrap();
-    std::fs::write(folder.path().join("token"), "first\n").unwrap();
+    write_token(&folder.path().join("token"), "first\n");
     Fixture { _tasks: tasks, address, bundle: ca.roots_pem(), tokens, folder }
+}
+
+fn write_token(path: &Path, content: &str) {
+    weft_runtime::durable::replace(path, content.as_bytes(), 0o600).unwrap();
 }
 
 impl Fixture {
@@ -114,7 +126,7 @@ async fn signs_with_the_token_that_is_in_the_file_now() {
     let issuer = fixture.good();
     let signed = sign(&issuer, "web").await.unwrap();
     assert_eq!(crate::peer_identity(&signed.chain).unwrap(), id("web"));
-    std::fs::write(fixture.token(), "second").unwrap();
+    write_token(&fixture.token(), "second");
     sign(&issuer, "web").await.unwrap();
     assert_eq!(*fixture.tokens.lock(), ["Bearer first", "Bearer second"]);
 }
@@ -160,13 +172,28 @@ async fn a_bad_token_file_is_named_and_not_quoted() {
     let read = async |path: &Path| TokenFile::new(path).read().await;
     assert!(read(&path).await.unwrap_err().to_string().contains("token"));
     for content in ["", " \n", "SECRET\nSECRET"] {
-        std::fs::write(&path, content).unwrap();
+        write_token(&path, content);
         let error = read(&path).await.unwrap_err().to_string();
         assert!(error.contains(&path.display().to_string()) && !error.contains("SECRET"), "{error}");
     }
-    std::fs::write(&path, "good").unwrap();
+    write_token(&path, "good");
     let value = read(&path).await.unwrap();
     assert!(value.is_sensitive() && !format!("{value:?}").contains("good"));
+}
+
+#[tokio::test]
+async fn a_token_that_others_can_use_is_not_sent() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("token");
+    write_token(&path, "SECRET");
+    for mode in [0o644, 0o640, 0o620, 0o606] {
+        std::fs::set_permissions(&path, Permissions::from_mode(mode)).unwrap();
+        let error = TokenFile::new(&path).read().await.unwrap_err().to_string();
+        assert!(error.contains(&format!("(mode {mode:04o})")) && error.contains("chmod 600"), "{error}");
+        assert!(!error.contains("SECRET"), "{error}");
+    }
+    std::fs::set_permissions(&path, Permissions::from_mode(0o400)).unwrap();
+    assert!(TokenFile::new(&path).read().await.is_ok());
 }
 
 #[tokio::test]

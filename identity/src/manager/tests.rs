@@ -10,7 +10,7 @@ use super::*;
 use crate::{
     Signed,
     ca::EmbeddedCa,
-    testing::{HOUR, ca, credentials, id},
+    testing::{HOUR, ca, connected, credentials, domain, id},
 };
 
 /// Follows tokio's clock, which a paused test moves.
@@ -26,7 +26,11 @@ impl Clock for TestClock {
 
 /// Signs while it has permits to; each signature uses one up unless `free`.
 struct TestIssuer {
-    ca: EmbeddedCa,
+    ca: watch::Sender<Arc<EmbeddedCa>>,
+    /// Signs instead of that one.
+    lagging: Mutex<Option<Arc<EmbeddedCa>>>,
+    /// Whether it tells of new roots by itself.
+    tells: bool,
     clock: Arc<TestClock>,
     up: AtomicBool,
     calls: AtomicUsize,
@@ -36,7 +40,7 @@ struct TestIssuer {
     wrong_id: Option<SpiffeId>,
 }
 
-impl Issuer for TestIssuer {
+impl crate::CsrSigner for TestIssuer {
     fn sign<'a>(&'a self, id: &'a SpiffeId, csr_der: Vec<u8>) -> BoxFuture<'a, Result<Signed, IssueError>> {
         Box::pin(async move {
             self.calls.fetch_add(1, Ordering::SeqCst);
@@ -49,14 +53,27 @@ impl Issuer for TestIssuer {
                 let _pass = self.gate.acquire().await.map_err(|e| IssueError::Request(e.to_string()))?;
                 tokio::task::yield_now().await;
                 let id = self.wrong_id.as_ref().unwrap_or(id);
-                self.ca
-                    .sign_at(id, &csr_der, HOUR, self.clock.now())
+                let lagging = self.lagging.lock().clone();
+                let ca = lagging.unwrap_or_else(|| Arc::clone(&self.ca.borrow()));
+                ca.sign_at(id, &csr_der, HOUR, self.clock.now())
                     .map_err(|error| IssueError::Request(error.to_string()))
             }
             .await;
             self.running.fetch_sub(1, Ordering::SeqCst);
             result
         })
+    }
+
+    fn updates(&self) -> BoxStream<'_, Result<Update, IssueError>> {
+        let mut ca = self.ca.subscribe();
+        ca.mark_changed();
+        let told = stream::unfold(ca, async |mut ca| {
+            ca.changed().await.ok()?;
+            let now = Arc::clone(&ca.borrow_and_update());
+            let trust_domain = now.trust_domain().to_string();
+            Some((Ok(Update::Roots { trust_domain, roots: now.roots() }), ca))
+        });
+        if self.tells { told.boxed() } else { stream::pending().boxed() }
     }
 }
 
@@ -75,7 +92,9 @@ impl Fixture {
     fn start(permits: usize, adjust: impl FnOnce(&mut TestIssuer, &mut ManagerConfig)) -> Self {
         let clock = Arc::new(TestClock { base: (SystemTime::now(), Instant::now()) });
         let mut issuer = TestIssuer {
-            ca: ca(),
+            ca: watch::Sender::new(Arc::new(ca())),
+            lagging: Mutex::default(),
+            tells: false,
             clock: Arc::clone(&clock),
             up: AtomicBool::new(true),
             calls: AtomicUsize::new(0),
@@ -307,4 +326,119 @@ fn debug_shows_no_key() {
     let shown = format!("{held:?} {:?}", held.client_config(&id("api")));
     let key = format!("{:?}", &held.key().pkcs8()[36..60]);
     assert!(!shown.contains(key.trim_matches(['[', ']'])), "{shown}");
+}
+
+/// `signs` with the roots of the other beside its own.
+fn trusting(signs: &EmbeddedCa, other: &EmbeddedCa) -> Arc<EmbeddedCa> {
+    let pem = format!("{}{}", *signs.to_pem(), other.roots_pem());
+    Arc::new(EmbeddedCa::from_pem(&pem, domain()).unwrap())
+}
+
+/// Every id of one node calls every id of the other.
+async fn all_connect(nodes: &[(&Fixture, &[&str])]) {
+    for (from, callers) in nodes {
+        for (to, called) in nodes {
+            for (caller, called) in callers.iter().flat_map(|a| called.iter().map(move |b| (a, b))) {
+                let client = from.reader.current(&id(caller)).unwrap();
+                let server = to.reader.current(&id(called)).unwrap();
+                connected(client.client_config(&id(called)), server.server_config()).await;
+            }
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn new_roots_come_at_once_and_no_handshake_is_refused_meanwhile() {
+    let (old, new) = (Arc::new(ca()), Arc::new(ca()));
+    let start = || {
+        Fixture::start(MANY, |issuer, _| {
+            issuer.tells = true;
+            issuer.ca.send_replace(Arc::clone(&old));
+        })
+    };
+    let (one, two) = (start(), start());
+    let (mut web, mut api) = (one.reader.subscribe(&id("web")), two.reader.subscribe(&id("api")));
+    one.want(&["web"]);
+    two.want(&["api"]);
+    let first = some(&mut web).await;
+    some(&mut api).await;
+    let nodes: [(&Fixture, &[&str]); 2] = [(&one, &["web"]), (&two, &["api"])];
+    all_connect(&nodes).await;
+
+    // Both roots are trusted before the new one signs: first on one node, then on the other.
+    let before = Instant::now();
+    for (node, changed) in [(&one, &mut web), (&two, &mut api)] {
+        changed.borrow_and_update();
+        node.issuer.ca.send_replace(trusting(&old, &new));
+        changed.changed().await.unwrap();
+        all_connect(&nodes).await;
+    }
+    assert!(before.elapsed() < Duration::from_secs(1), "at once, not with the next renewal");
+    let second = some(&mut web).await;
+    assert_eq!(second.signed().roots.len(), 2);
+    assert!(second.generation() > first.generation());
+    let kept = |c: &Credentials| (c.serial().to_owned(), c.obtained(), c.key().pkcs8().to_vec());
+    assert!(kept(&second) == kept(&first), "the key and the time of renewal stay");
+    assert_eq!(one.issuer.calls.load(Ordering::SeqCst), 1);
+
+    // The new root signs; what the old one signed goes on beside it.
+    let mut late = one.reader.subscribe(&id("late"));
+    one.issuer.ca.send_replace(trusting(&new, &old));
+    one.want(&["web", "late"]);
+    some(&mut late).await;
+    let nodes: [(&Fixture, &[&str]); 2] = [(&one, &["web", "late"]), (&two, &["api"])];
+    all_connect(&nodes).await;
+    two.issuer.ca.send_replace(trusting(&new, &old));
+
+    // Signed again by the new one, nobody needs the old one. (Renewals would be of the test's clock, which the
+    // verifier does not follow.)
+    for ((node, ids), changed) in nodes.iter().zip([&mut web, &mut api]) {
+        node.want(&[]);
+        node.want(ids);
+        changed.wait_for(|c| c.as_ref().is_some_and(|c| c.roots()[0] == new.roots()[0])).await.unwrap();
+    }
+    some(&mut late).await;
+    for (node, changed) in [(&one, &mut web), (&two, &mut api)] {
+        node.issuer.ca.send_replace(Arc::clone(&new));
+        let alone =
+            |c: &Option<Arc<Credentials>>| c.as_ref().is_some_and(|c| c.signed().roots == new.roots());
+        changed.wait_for(alone).await.unwrap();
+        all_connect(&nodes).await;
+    }
+    one.stop().await;
+    two.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_credential_whose_root_went_is_replaced_at_once() {
+    let fixture = Fixture::start(MANY, |issuer, _| issuer.tells = true);
+    let mut web = fixture.reader.subscribe(&id("web"));
+    fixture.want(&["web"]);
+    let first = some(&mut web).await;
+    let new = Arc::new(ca());
+    let before = Instant::now();
+    fixture.issuer.ca.send_replace(Arc::clone(&new));
+    web.wait_for(|c| c.as_ref().is_some_and(|c| c.signed().roots == new.roots())).await.unwrap();
+    assert!(before.elapsed() < Duration::from_secs(1));
+    assert_ne!(some(&mut web).await.serial(), first.serial());
+    fixture.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_answer_older_than_the_roots_is_mended() {
+    let fixture = Fixture::start(MANY, |issuer, _| issuer.tells = true);
+    let (mut web, mut api) = (fixture.reader.subscribe(&id("web")), fixture.reader.subscribe(&id("api")));
+    fixture.want(&["api"]);
+    some(&mut api).await;
+    let old = Arc::clone(&fixture.issuer.ca.borrow());
+    let new = ca();
+    let both = trusting(&old, &new);
+    fixture.issuer.ca.send_replace(Arc::clone(&both));
+    api.wait_for(|c| c.as_ref().is_some_and(|c| c.signed().roots.len() == 2)).await.unwrap();
+    // Signed by a replica of the issuer that does not know the new root yet.
+    *fixture.issuer.lagging.lock() = Some(old);
+    fixture.want(&["api", "web"]);
+    web.wait_for(|c| c.as_ref().is_some_and(|c| c.signed().roots.len() == 2)).await.unwrap();
+    assert_eq!(fixture.issuer.calls.load(Ordering::SeqCst), 2, "it is not signed again for that");
+    fixture.stop().await;
 }
