@@ -1,21 +1,28 @@
 //! Wiring: everything is bound before anything runs, so that a taken port fails the start.
 
-use std::{fs, net::SocketAddr, path::Path, sync::Arc, time::Duration};
+use std::{fs, io, net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result, bail};
+use futures_util::{Stream, future::BoxFuture};
 use prometheus_client::registry::Registry;
 use tokio::{
     net::TcpListener,
     sync::{mpsc, watch},
 };
-use tonic::transport::{Identity, Server, ServerTlsConfig, server::TcpIncoming};
+use tonic::transport::Server;
 use weft_core::TrustDomain;
 use weft_identity::ca::EmbeddedCa;
-use weft_proto::control::{control_server::ControlServer, identity_server::IdentityServer};
-use weft_runtime::{Admin, DrainTrigger, DrainWatcher, Readiness, Tasks, admin, drain, signal, telemetry};
+use weft_proto::{
+    control::{control_server::ControlServer, identity_server::IdentityServer},
+    observer::observer_server::ObserverServer,
+    weft_relay::{mesh_server::MeshServer, relay_server::RelayServer},
+};
+use weft_runtime::{
+    Admin, DrainTrigger, DrainWatcher, Readiness, Tasks, admin, drain, durable, signal, telemetry,
+};
 
 use crate::{
-    auth::Tokens,
+    auth::{Authenticator, Tokens},
     cli::{Cli, Command, RunArgs, SourceArg},
     controller::{Controller, Overview},
     distribution::Distribution,
@@ -24,14 +31,25 @@ use crate::{
     last_good::{Kept, LastGood},
     metrics::Metrics,
     objects::{self, Object},
+    relay::{
+        Relay,
+        agents::RelayService,
+        people::People,
+        viewers::{Nobody, Viewers},
+    },
+    serve::{self, Certificate, Connection, Limits},
     source::{Source, dir::DirSource},
-    status::StatusWriter,
+    status::{StatusWriter, WriteStatus},
 };
+
+mod kubernetes;
 
 /// The name in the certificate that agents connect to.
 pub const SERVER_NAME: &str = "weft-operator";
 /// Requests are small: acks, and certificate requests.
 const MAX_REQUEST: usize = 1 << 20;
+/// An agent's state is larger: a line for each of its Pods and programs.
+const MAX_ANSWER: usize = 4 << 20;
 /// How long streams may take to end.
 const DRAIN: Duration = Duration::from_secs(5);
 
@@ -48,8 +66,9 @@ pub fn main(cli: Cli) -> Result<()> {
         }
         return Ok(());
     }
-    let Some(args) = cli.run else { bail!("say --source and --state-dir; see --help") };
-    telemetry::init("info", args.log_json);
+    let Some(args) = cli.run else { bail!("say --source; see --help") };
+    // What the API client has to say is said by those who use it.
+    telemetry::init("info,kube_client=error,kube_runtime=error", args.log_json);
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(async {
         let (operator, trigger) = build(&args).await?;
@@ -91,17 +110,12 @@ pub struct Operator {
 /// # Errors
 /// With what cannot be opened or bound, and what to do.
 pub async fn build(args: &RunArgs) -> Result<(Operator, DrainTrigger)> {
-    let SourceArg::Dir(dir) = &args.source;
-    fs::create_dir_all(&args.state_dir)
-        .with_context(|| format!("cannot make {}; --state-dir must be writable", args.state_dir.display()))?;
-    let (last_good, kept) = LastGood::open(&args.state_dir.join("last-good"))?;
-    let trust_domain = trust_domain(args, dir, &kept)?;
-    let source: Box<dyn Source> = Box::new(DirSource::new(dir, kept)?);
-    let tokens = Arc::new(Tokens::open_or_create(&args.state_dir)?);
-    let ca = Arc::new(EmbeddedCa::open_or_create(&args.state_dir.join("ca.pem"), trust_domain.clone())?);
-    write_bundle(&args.state_dir.join("bundle.pem"), &ca.roots_pem())?;
-    let server = ca.server_credentials(&[SERVER_NAME])?;
-    let identity = Identity::from_pem(&server.chain_pem, server.key_pem.as_bytes());
+    let Parts { source, callers, viewers, ca, trust_domain, last_good, status, own } = match &args.source {
+        SourceArg::Dir(dir) => of_folder(args, dir)?,
+        SourceArg::Kubernetes => kubernetes::parts(args).await?,
+    };
+    let service = format!("{SERVER_NAME}.{}.svc", args.namespace);
+    let certificate = Certificate::new(&[SERVER_NAME, &service], ca.clone())?;
     let bind = |address: SocketAddr, flag: &'static str| async move {
         TcpListener::bind(address)
             .await
@@ -109,8 +123,6 @@ pub async fn build(args: &RunArgs) -> Result<(Operator, DrainTrigger)> {
     };
     let listener = bind(args.listen, "--listen").await?;
     let admin_listener = bind(args.admin, "--admin").await?;
-    let status = StatusWriter::new(dir.join("status"))
-        .with_context(|| format!("cannot use {}; make it writable", dir.join("status").display()))?;
 
     let tasks = Tasks::new();
     let (trigger, drain) = drain::channel();
@@ -153,30 +165,96 @@ pub async fn build(args: &RunArgs) -> Result<(Operator, DrainTrigger)> {
         Ok(())
     });
 
+    for (name, run) in own {
+        let run = run(drain.clone());
+        tasks.vital(name, async move {
+            run.await;
+            Ok(())
+        });
+    }
+
     let control = ControlService {
         distribution: Arc::clone(&distribution),
-        tokens: Arc::clone(&tokens),
+        callers: Arc::clone(&callers),
         metrics: metrics.clone(),
         tasks: tasks.clone(),
         drain: drain.clone(),
     };
-    let identities = IdentityService { distribution, tokens, ca, metrics };
+    let relay = Relay::default();
+    let people = People::new(relay.clone(), viewers, tasks.clone(), drain.clone());
+    let relay = RelayService {
+        relay,
+        callers: Arc::clone(&callers),
+        metrics: metrics.clone(),
+        tasks: tasks.clone(),
+        drain: drain.clone(),
+    };
+    let identities = IdentityService { distribution, callers, ca, metrics, drain: drain.clone() };
     let router = Server::builder()
-        .tls_config(ServerTlsConfig::new().identity(identity).timeout(Duration::from_secs(5)))?
         .max_concurrent_streams(32)
+        .concurrency_limit_per_connection(32)
+        .http2_max_pending_accept_reset_streams(Some(64))
         .http2_max_header_list_size(16 << 10)
         .http2_keepalive_interval(Some(Duration::from_secs(10)))
         .http2_keepalive_timeout(Some(Duration::from_secs(10)))
         .add_service(ControlServer::new(control).max_decoding_message_size(MAX_REQUEST))
-        .add_service(IdentityServer::new(identities).max_decoding_message_size(MAX_REQUEST));
-    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
-    tasks.vital("gRPC", serve(router, incoming, drain));
+        .add_service(IdentityServer::new(identities).max_decoding_message_size(MAX_REQUEST))
+        .add_service(RelayServer::new(relay).max_decoding_message_size(MAX_ANSWER))
+        .add_service(ObserverServer::new(people.clone()).max_decoding_message_size(MAX_REQUEST))
+        .add_service(MeshServer::new(people).max_decoding_message_size(MAX_REQUEST));
+    let incoming = serve::incoming(listener, certificate.config()?, Limits::default());
+    tasks.spawn("certificate", certificate.renew(drain.clone()));
+    tasks.vital("gRPC", run(router, incoming, drain));
     Ok((operator, trigger))
 }
 
-async fn serve(
+/// What differs between a folder and a cluster.
+struct Parts {
+    source: Box<dyn Source>,
+    callers: Arc<dyn Authenticator>,
+    viewers: Arc<dyn Viewers>,
+    ca: watch::Receiver<Arc<EmbeddedCa>>,
+    trust_domain: TrustDomain,
+    last_good: Option<LastGood>,
+    status: Box<dyn WriteStatus>,
+    /// Tasks of their own, vital ones.
+    own: Vec<(&'static str, Own)>,
+}
+
+type Own = Box<dyn FnOnce(DrainWatcher) -> BoxFuture<'static, ()> + Send>;
+
+fn of_folder(args: &RunArgs, dir: &Path) -> Result<Parts> {
+    let state =
+        args.state_dir.as_deref().context("--source dir:PATH needs --state-dir, a folder of its own")?;
+    fs::create_dir_all(state)
+        .with_context(|| format!("cannot make {}; --state-dir must be writable", state.display()))?;
+    let (last_good, kept) = LastGood::open(&state.join("last-good"))?;
+    let trust_domain = trust_domain(args, dir, &kept)?;
+    let source = Box::new(DirSource::new(dir, kept)?);
+    let callers = Arc::new(Tokens::open_or_create(state)?);
+    let ca = EmbeddedCa::open_or_create(&state.join("ca.pem"), trust_domain.clone())?;
+    let bundle = state.join("bundle.pem");
+    durable::replace(&bundle, ca.roots_pem().as_bytes(), 0o644)
+        .with_context(|| format!("cannot write {}", bundle.display()))?;
+    let (_, ca) = watch::channel(Arc::new(ca));
+    let status = StatusWriter::new(dir.join("status"))
+        .with_context(|| format!("cannot use {}; make it writable", dir.join("status").display()))?;
+    let (status, last_good) = (Box::new(status), Some(last_good));
+    Ok(Parts {
+        source,
+        callers,
+        viewers: Arc::new(Nobody),
+        ca,
+        trust_domain,
+        last_good,
+        status,
+        own: Vec::new(),
+    })
+}
+
+async fn run(
     router: tonic::transport::server::Router,
-    incoming: TcpIncoming,
+    incoming: impl Stream<Item = io::Result<Connection>>,
     drain: DrainWatcher,
 ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     let _hold = drain.hold();
@@ -208,15 +286,4 @@ fn trust_domain(args: &RunArgs, dir: &Path, kept: &[Kept]) -> Result<TrustDomain
     TrustDomain::new(&name).with_context(|| {
         format!("{name:?} is no trust domain; correct --trust-domain or MeshConfig spec.trustDomain")
     })
-}
-
-fn write_bundle(path: &Path, pem: &str) -> Result<()> {
-    use std::os::unix::fs::PermissionsExt;
-    let apart = path.with_extension("pem.new");
-    let write = || {
-        fs::write(&apart, pem)?;
-        fs::set_permissions(&apart, fs::Permissions::from_mode(0o644))?;
-        fs::rename(&apart, path)
-    };
-    write().with_context(|| format!("cannot write {}", path.display()))
 }

@@ -5,7 +5,7 @@
 
 use std::{
     fs, io,
-    io::Write,
+    io::{Read, Write},
     os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
     time::{SystemTime, UNIX_EPOCH},
@@ -13,8 +13,11 @@ use std::{
 
 use aws_lc_rs::{constant_time::verify_slices_are_equal, hmac};
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
+use futures_util::future::BoxFuture;
 use serde::{Deserialize, Serialize};
 use tonic::metadata::MetadataMap;
+
+use weft_runtime::durable;
 
 use crate::objects::is_object_name;
 
@@ -44,8 +47,28 @@ pub enum TokenError {
     BadNode(String),
 }
 
+/// Says who an agent is, by its bearer token.
+pub trait Authenticator: Send + Sync + std::fmt::Debug {
+    /// The node that a token proves.
+    ///
+    /// # Errors
+    /// When it proves none, or that cannot be told now.
+    fn node<'a>(&'a self, token: &'a str) -> BoxFuture<'a, Result<String, Refused>>;
+}
+
+/// The bearer token of a call (RFC 6750, section 2.1).
+///
+/// # Errors
+/// When there is none.
+pub fn bearer(metadata: &MetadataMap) -> Result<&str, Refused> {
+    let header = metadata.get("authorization").ok_or(Refused::Missing)?;
+    let header = header.to_str().map_err(|_| Refused::Invalid)?;
+    let (scheme, token) = header.split_once(' ').ok_or(Refused::Missing)?;
+    if scheme.eq_ignore_ascii_case("bearer") { Ok(token.trim()) } else { Err(Refused::Missing) }
+}
+
 /// Why a caller is not let in. What exactly is wrong is for the log, not for the caller.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Refused {
     /// There is no `authorization: Bearer` header.
     #[error("the call carries no bearer token")]
@@ -56,6 +79,12 @@ pub enum Refused {
     /// It was one.
     #[error("the token was replaced or taken away; make one with `weft-operator token --node NAME`")]
     Revoked,
+    /// It proves something else than an agent's node.
+    #[error("{0}")]
+    NoAgent(&'static str),
+    /// Nobody can tell now.
+    #[error("{0}")]
+    Unavailable(String),
 }
 
 #[derive(Serialize, Deserialize)]
@@ -122,25 +151,10 @@ impl Tokens {
         let tag = hmac::sign(&self.key, signed.as_bytes());
         let token = format!("{signed}.{}\n", URL_SAFE_NO_PAD.encode(tag));
         let path = self.dir.join(node);
-        let apart = self.dir.join(format!(".{node}.{:016x}", rand::random::<u64>()));
-        let failed = |source| TokenError::Io { path: path.clone(), source };
-        write_private(&apart, token.as_bytes()).map_err(failed)?;
-        fs::rename(&apart, &path).map_err(failed)?;
-        Ok(path)
-    }
-
-    /// The node that a call comes from.
-    ///
-    /// # Errors
-    /// When the call proves no node.
-    pub fn node(&self, metadata: &MetadataMap) -> Result<String, Refused> {
-        let header = metadata.get("authorization").ok_or(Refused::Missing)?;
-        let header = header.to_str().map_err(|_| Refused::Invalid)?;
-        let (scheme, token) = header.split_once(' ').ok_or(Refused::Missing)?;
-        if !scheme.eq_ignore_ascii_case("bearer") {
-            return Err(Refused::Missing);
+        match durable::replace(&path, token.as_bytes(), 0o600) {
+            Ok(()) => Ok(path),
+            Err(source) => Err(TokenError::Io { path, source }),
         }
-        self.check(token.trim())
     }
 
     fn check(&self, token: &str) -> Result<String, Refused> {
@@ -161,9 +175,27 @@ impl Tokens {
             return Err(Refused::Invalid);
         }
         // A few hundred bytes of a local folder: not worth a thread of its own.
-        let kept = fs::read(self.dir.join(&claims.node)).map_err(|_| Refused::Revoked)?;
+        let path = self.dir.join(&claims.node);
+        let file = fs::File::open(&path).map_err(|_| Refused::Revoked)?;
+        let mode = file.metadata().map_err(|_| Refused::Revoked)?.permissions().mode() & 0o7777;
+        if mode & 0o077 != 0 {
+            tracing::warn!(
+                "{}: others than its owner can use this token (mode {mode:04o}), so it counts no more; make a new one with `weft-operator token --node {}`",
+                path.display(),
+                claims.node
+            );
+            return Err(Refused::Revoked);
+        }
+        let mut kept = Vec::new();
+        file.take(MAX_TOKEN as u64).read_to_end(&mut kept).map_err(|_| Refused::Revoked)?;
         verify_slices_are_equal(kept.trim_ascii(), token.as_bytes()).map_err(|_| Refused::Revoked)?;
         Ok(claims.node)
+    }
+}
+
+impl Authenticator for Tokens {
+    fn node<'a>(&'a self, token: &'a str) -> BoxFuture<'a, Result<String, Refused>> {
+        Box::pin(std::future::ready(self.check(token)))
     }
 }
 
@@ -228,6 +260,16 @@ mod tests {
         fs::remove_file(&path).unwrap();
         assert_eq!(tokens.check(&old), Err(Refused::Revoked));
         assert!(tokens.issue("../a").is_err());
+    }
+
+    #[test]
+    fn a_token_that_others_can_read_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let tokens = Tokens::open_or_create(dir.path()).unwrap();
+        let path = tokens.issue("node-a").unwrap();
+        let good = token(&path);
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o640)).unwrap();
+        assert_eq!(tokens.check(&good), Err(Refused::Revoked));
     }
 
     #[test]

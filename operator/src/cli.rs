@@ -38,12 +38,19 @@ pub enum Command {
 /// How to run.
 #[derive(Debug, Clone, Args)]
 pub struct RunArgs {
-    /// Where objects come from: dir:PATH, a folder of YAML files.
+    /// Where objects come from: kubernetes (by KUBECONFIG, or as a Pod), or dir:PATH, a folder of YAML files.
     #[arg(long)]
     pub source: SourceArg,
-    /// Where the CA's root, tokens, the bundle for agents and the last good form of every object are kept.
+    /// Where the last good form of every object is kept; with dir:PATH also the CA's root, tokens and the bundle for
+    /// agents.
     #[arg(long)]
-    pub state_dir: PathBuf,
+    pub state_dir: Option<PathBuf>,
+    /// With kubernetes: Weft's namespace.
+    #[arg(long, env = "WEFT_NAMESPACE", default_value = "weft-system")]
+    pub namespace: String,
+    /// With kubernetes: this Pod's name, by which it holds the lease. Without it, the host's name.
+    #[arg(long, env = "WEFT_POD_NAME")]
+    pub pod_name: Option<String>,
     /// Where agents connect (gRPC over TLS).
     #[arg(long, default_value = "0.0.0.0:15012")]
     pub listen: SocketAddr,
@@ -63,6 +70,8 @@ pub struct RunArgs {
 pub enum SourceArg {
     /// A folder.
     Dir(PathBuf),
+    /// The API server.
+    Kubernetes,
 }
 
 impl FromStr for SourceArg {
@@ -70,10 +79,8 @@ impl FromStr for SourceArg {
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         match text.split_once(':') {
             Some(("dir", path)) if !path.is_empty() => Ok(Self::Dir(path.into())),
-            _ if text == "kubernetes" => {
-                Err("this version reads a folder only, not the Kubernetes API; write dir:PATH".into())
-            }
-            _ => Err("write dir:PATH, a folder of YAML files".into()),
+            _ if text == "kubernetes" => Ok(Self::Kubernetes),
+            _ => Err("write kubernetes, or dir:PATH, a folder of YAML files".into()),
         }
     }
 }
@@ -89,8 +96,9 @@ mod tests {
         let cli =
             Cli::try_parse_from(["weft-operator", "token", "--node", "n", "--state-dir", "/b"]).unwrap();
         assert!(cli.command.is_some());
-        let error = Cli::try_parse_from(["weft-operator", "--source", "kubernetes", "--state-dir", "/b"])
-            .unwrap_err();
-        assert!(error.to_string().contains("write dir:PATH"), "{error}");
+        let cli = Cli::try_parse_from(["weft-operator", "--source", "kubernetes"]).unwrap();
+        assert_eq!(cli.run.unwrap().source, SourceArg::Kubernetes);
+        let error = Cli::try_parse_from(["weft-operator", "--source", "etcd"]).unwrap_err();
+        assert!(error.to_string().contains("write kubernetes, or dir:PATH"), "{error}");
     }
 }

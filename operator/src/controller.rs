@@ -33,7 +33,8 @@ pub(crate) struct Overview {
 
 pub(crate) struct Controller {
     pub(crate) index: Index,
-    pub(crate) last_good: LastGood,
+    /// Where the source keeps nothing by itself.
+    pub(crate) last_good: Option<LastGood>,
     pub(crate) distribution: Arc<Distribution>,
     pub(crate) metrics: Metrics,
     pub(crate) overview: watch::Sender<Arc<Overview>>,
@@ -86,10 +87,12 @@ impl Controller {
         let output = self.index.build();
         let version = self.distribution.publish(output.resources, batch.noticed);
         // After the push, which must not wait for the disk: what is lost by a crash in between is read again.
-        for (key, (origin, form)) in forms {
-            match form {
-                Some((generation, text)) => self.last_good.keep(&origin, &key, generation, &text),
-                None => self.last_good.forget(&key),
+        if let Some(last_good) = &mut self.last_good {
+            for (key, (origin, form)) in forms {
+                match form {
+                    Some((generation, text)) => last_good.keep(&origin, &key, generation, &text),
+                    None => last_good.forget(&key),
+                }
             }
         }
         let objects = output

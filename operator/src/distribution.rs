@@ -1,38 +1,59 @@
 //! Versions, and what each node is sent: versioned deltas with acks and resume.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
-    sync::Arc,
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    sync::{Arc, OnceLock},
     time::Instant,
 };
 
+use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::watch;
-use weft_core::{Delta, Resource, ResourceKey, Version, Workload};
+use weft_core::{Resource, ResourceKey, Version, Workload};
 
 pub mod nodes;
 
 pub use nodes::Nodes;
 
-/// States that are kept, so that an agent that was away for a short time gets the difference only.
-const HISTORY: usize = 64;
+/// Changes that are kept, so that an agent that was away for a short time gets the difference only.
+const HISTORY: usize = 256;
+/// Most keys that the kept changes name together; what goes beyond makes the oldest forgotten.
+const HISTORY_KEYS: usize = 200_000;
 
 /// Everything at one version.
 #[derive(Debug)]
 pub struct Snapshot {
     /// The version.
     pub version: Version,
-    /// When the change that led to it was noticed.
-    pub noticed: Instant,
     /// All resources, before they are cut to a node's share.
-    pub resources: BTreeMap<ResourceKey, Resource>,
+    pub resources: BTreeMap<ResourceKey, Published>,
+    /// What led here, newest last.
+    changes: VecDeque<Arc<Change>>,
 }
 
-/// The states of this process, newest last.
+/// A resource, and its text as nodes get it: written once, sent to each.
+#[derive(Debug, Clone)]
+pub struct Published {
+    /// The resource.
+    pub resource: Resource,
+    json: Arc<[OnceLock<Bytes>; 2]>,
+}
+
+/// What one version changed.
+#[derive(Debug)]
+struct Change {
+    sequence: u64,
+    /// When it was noticed.
+    noticed: Instant,
+    keys: Vec<ResourceKey>,
+}
+
+/// The state of this process.
 #[derive(Debug)]
 pub struct Distribution {
     epoch: u64,
-    history: Mutex<VecDeque<Arc<Snapshot>>>,
+    /// Held while a version is made, so that two publishers cannot swap their order.
+    publishing: Mutex<()>,
     current: watch::Sender<Option<Arc<Snapshot>>>,
     /// What the agents say.
     pub nodes: Nodes,
@@ -51,7 +72,7 @@ impl Distribution {
         let epoch = (rand::random::<u64>() >> 11).max(1);
         Self {
             epoch,
-            history: Mutex::new(VecDeque::new()),
+            publishing: Mutex::new(()),
             current: watch::Sender::new(None),
             nodes: Nodes::new(epoch),
         }
@@ -63,31 +84,43 @@ impl Distribution {
     }
 
     /// Takes a new state. Where nothing differs from the last one, its version stays.
-    pub fn publish(&self, mut resources: BTreeMap<ResourceKey, Resource>, noticed: Instant) -> Version {
-        let mut history = self.history.lock();
-        let last = history.back();
-        if let Some(last) = last {
-            let mut same = last.resources.len() == resources.len();
-            for (key, resource) in &mut resources {
-                match last.resources.get(key) {
-                    // The old allocation is kept, so that later comparisons end at the pointer.
-                    Some(old) if old == resource => *resource = old.clone(),
-                    _ => same = false,
+    pub fn publish(&self, resources: BTreeMap<ResourceKey, Resource>, noticed: Instant) -> Version {
+        let _publishing = self.publishing.lock();
+        let last = self.current();
+        let mut before = last.iter().flat_map(|last| &last.resources).peekable();
+        let mut keys = Vec::new();
+        // Both are in the order of their keys, so one walk over both finds what differs.
+        let resources: BTreeMap<ResourceKey, Published> = resources
+            .into_iter()
+            .map(|(key, resource)| {
+                while let Some((gone, _)) = before.next_if(|(old, _)| **old < key) {
+                    keys.push(gone.clone());
                 }
-            }
-            if same {
-                return last.version;
-            }
+                let published = match before.next_if(|(old, _)| **old == key) {
+                    // The old allocation is kept, so that later comparisons end at the pointer.
+                    Some((_, old)) if old.resource == resource => old.clone(),
+                    _ => {
+                        keys.push(key.clone());
+                        Published { resource, json: Arc::default() }
+                    }
+                };
+                (key, published)
+            })
+            .collect();
+        keys.extend(before.map(|(gone, _)| gone.clone()));
+        if let Some(last) = last.as_ref().filter(|_| keys.is_empty()) {
+            return last.version;
         }
-        let sequence = last.map_or(0, |l| l.version.sequence) + 1;
+        let sequence = last.as_ref().map_or(0, |l| l.version.sequence) + 1;
         let version = Version { epoch: self.epoch, sequence };
-        let snapshot = Arc::new(Snapshot { version, noticed, resources });
-        history.push_back(Arc::clone(&snapshot));
-        if history.len() > HISTORY {
-            history.pop_front();
+        let mut changes = last.as_ref().map_or_else(VecDeque::new, |l| l.changes.clone());
+        changes.push_back(Arc::new(Change { sequence, noticed, keys }));
+        while changes.len() > HISTORY
+            || (changes.len() > 1 && changes.iter().map(|c| c.keys.len()).sum::<usize>() > HISTORY_KEYS)
+        {
+            changes.pop_front();
         }
-        // Under the lock, so that two publishers cannot swap their order.
-        self.current.send_replace(Some(snapshot));
+        self.current.send_replace(Some(Arc::new(Snapshot { version, resources, changes })));
         version
     }
 
@@ -101,38 +134,75 @@ impl Distribution {
         self.current.borrow().clone()
     }
 
-    /// A state that is still kept; `None` for another epoch or one that is too old.
-    pub fn at(&self, version: Version) -> Option<Arc<Snapshot>> {
-        self.history.lock().iter().rev().find(|s| s.version == version).cloned()
-    }
-
-    /// When a kept state's change was noticed.
+    /// When a kept version's change was noticed.
     pub fn noticed(&self, version: Version) -> Option<Instant> {
-        self.at(version).map(|s| s.noticed)
+        let current = self.current()?;
+        let change = current.changes.iter().rev().find(|c| c.sequence == version.sequence)?;
+        (version.epoch == self.epoch).then_some(change.noticed)
     }
 }
 
-/// What `node` must be told to get from `from` to `to`; a full state where `from` is not known.
-pub fn delta(from: Option<&Snapshot>, to: &Snapshot, node: &str) -> Delta {
-    let Some(from) = from else {
-        let upserted = to.resources.values().map(|r| share(r, node)).collect();
-        return Delta { version: to.version, full: true, upserted, removed: Vec::new() };
-    };
-    let upserted = (to.resources.iter())
-        .filter(|(key, resource)| from.resources.get(key) != Some(resource))
-        .map(|(_, resource)| share(resource, node))
-        .collect();
-    let removed = from.resources.keys().filter(|key| !to.resources.contains_key(key)).cloned().collect();
-    Delta { version: to.version, full: false, upserted, removed }
+/// What a node must be told to get to a snapshot.
+#[derive(Debug)]
+pub struct Difference<'a> {
+    /// What is not listed is gone.
+    pub full: bool,
+    /// New and changed resources.
+    pub upserted: Vec<&'a Published>,
+    /// Resources that are no more.
+    pub removed: Vec<&'a ResourceKey>,
 }
 
-/// A resource as a node gets it: only a Pod's own node learns where its namespace is.
-fn share(resource: &Resource, node: &str) -> Resource {
-    match resource {
-        Resource::Workload(w) if w.netns.is_some() && *w.node != *node => {
-            Resource::Workload(Arc::new(Workload { netns: None, ..Workload::clone(w) }))
+impl Snapshot {
+    /// What leads from `held` here; everything where that version is of another epoch or forgotten.
+    pub fn since(&self, held: Version) -> Difference<'_> {
+        let oldest = self.changes.front().map_or(u64::MAX, |c| c.sequence);
+        let known = held.epoch == self.version.epoch
+            && held.sequence <= self.version.sequence
+            && held.sequence.saturating_add(1) >= oldest;
+        if !known || held.sequence == 0 {
+            return Difference {
+                full: true,
+                upserted: self.resources.values().collect(),
+                removed: Vec::new(),
+            };
         }
-        other => other.clone(),
+        let newer = self.changes.iter().rev().take_while(|c| c.sequence > held.sequence);
+        let keys: BTreeSet<&ResourceKey> = newer.flat_map(|c| &c.keys).collect();
+        let (mut upserted, mut removed) = (Vec::new(), Vec::new());
+        for key in keys {
+            match self.resources.get(key) {
+                Some(resource) => upserted.push(resource),
+                None => removed.push(key),
+            }
+        }
+        Difference { full: false, upserted, removed }
+    }
+}
+
+impl Published {
+    /// The resource as `node` gets it, as JSON: only a Pod's own node learns where its namespace is.
+    ///
+    /// # Errors
+    /// When it does not serialise.
+    pub fn json(&self, node: &str) -> Result<Bytes, serde_json::Error> {
+        let [own, foreign] = &*self.json;
+        let elsewhere = match &self.resource {
+            Resource::Workload(w) if w.netns.is_some() && *w.node != *node => Some(w),
+            _ => None,
+        };
+        let place = if elsewhere.is_some() { foreign } else { own };
+        if let Some(json) = place.get() {
+            return Ok(json.clone());
+        }
+        let json = match elsewhere {
+            Some(w) => {
+                let stripped = Workload { netns: None, ..Workload::clone(w) };
+                serde_json::to_vec(&Resource::Workload(Arc::new(stripped)))?
+            }
+            None => serde_json::to_vec(&self.resource)?,
+        };
+        Ok(place.get_or_init(|| json.into()).clone())
     }
 }
 

@@ -1,6 +1,8 @@
 //! From objects to the resources that nodes get. Pure and synchronous: changes in, [`Output`] out.
 //!
-//! Each build goes over everything; resources that did not change keep their allocation when they are published.
+//! A build goes over everything, but what costs is done once: Pods are read when they come, a workload that did not
+//! change keeps its allocation (so that later comparisons end at the pointer), and selectors are answered from a
+//! table of labels ([`lookup::Lookup`]), never by asking each Pod.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -9,11 +11,7 @@ use std::{
 };
 
 use gateway_api::{httproutes::HttpRoute, referencegrants::ReferenceGrant};
-use k8s_openapi::api::{
-    core::v1::{Pod, Service},
-    discovery::v1::EndpointSlice,
-    networking::v1::NetworkPolicy,
-};
+use k8s_openapi::api::{core::v1::Service, discovery::v1::EndpointSlice, networking::v1::NetworkPolicy};
 use weft_api::{
     AuthorizationPolicy, AuthorizationPolicySpec, FieldError, ObjectError,
     authorization::TargetRef,
@@ -21,7 +19,7 @@ use weft_api::{
     labels,
 };
 use weft_core::{
-    NamespacedName, Policy, Resource, ResourceKey, TrustDomain, config,
+    Policy, Resource, ResourceKey, TrustDomain, config,
     policy::Cidr,
     workload::{FailMode, Mode},
 };
@@ -31,6 +29,7 @@ use crate::{
     source::Change,
 };
 
+mod lookup;
 mod mesh;
 mod pods;
 mod policies;
@@ -71,6 +70,8 @@ pub struct Report {
     pub resolved: Option<Finding>,
     /// Whether nodes enforce it: then condition `Programmed` follows their acks. `Err` says why none will.
     pub programmable: Option<Result<(), Finding>>,
+    /// Of a route: what is wrong with parents, by their place in `spec.parentRefs`.
+    pub parents: BTreeMap<usize, Finding>,
 }
 
 /// Everything that follows from the objects.
@@ -93,7 +94,7 @@ enum Good {
         zone: Arc<str>,
     },
     Ranges(Vec<Cidr>),
-    Pod(Box<Pod>),
+    Pod(Box<pods::Facts>),
     Service(Box<Service>),
     Slice(Box<EndpointSlice>),
     NetworkPolicy(Box<NetworkPolicy>),
@@ -121,12 +122,14 @@ struct Entry {
 pub struct Index {
     trust_domain: TrustDomain,
     entries: BTreeMap<ObjectKey, Entry>,
+    /// The workloads of the last build.
+    built: pods::Built,
 }
 
 impl Index {
     /// An empty one. The trust domain stays for the process's life: the CA is made for it.
     pub fn new(trust_domain: TrustDomain) -> Self {
-        Self { trust_domain, entries: BTreeMap::new() }
+        Self { trust_domain, entries: BTreeMap::new(), built: pods::Built::default() }
     }
 
     /// Takes a change. `Some` holds what is wrong with it; the object's last good form then goes on.
@@ -206,9 +209,7 @@ impl Index {
                 Good::Ranges(ranges("spec.cidrs", &o.spec.and_then(|s| s.cidrs).unwrap_or_default())?)
             }
             Object::Pod(o) => {
-                labels::mode(o.metadata.labels.as_ref()).map_err(wrong)?;
-                pods::addresses(&o).map_err(wrong)?;
-                Good::Pod(o)
+                Good::Pod(Box::new(pods::Facts::new(&self.trust_domain, key, &o).map_err(wrong)?))
             }
             Object::Service(o) => Good::Service(o),
             Object::EndpointSlice(o) => Good::Slice(o),
@@ -242,16 +243,23 @@ impl Index {
     }
 
     /// Everything that follows from the objects as they are now.
-    pub fn build(&self) -> Output {
+    pub fn build(&mut self) -> Output {
         let mut output = Output { reports: self.reports(), nodes: self.nodes(), ..Output::default() };
         let mut pods = pods::collect(self, &mut output.reports);
-        let mut services = services::collect(self, &pods);
+        let lookup = lookup::Lookup::new(&pods);
+        let mut services = services::collect(self, &pods, &lookup);
         let routes = routes::collect(self, &mut services, &mut output.reports);
-        policies::attach(self, &mut pods, &services, &mut output.reports);
+        let selected = policies::attach(self, &pods, &lookup, &services, &mut output.reports);
+        drop(lookup);
+        for (pod, policies) in pods.iter_mut().zip(selected) {
+            pod.policies = policies;
+        }
         subjects::number(&mut pods, self);
+        self.built = pods::finish(pods, &self.built);
+        let workloads = self.built.iter().map(|(_, workload)| Resource::Workload(Arc::clone(workload)));
         let config = Resource::Config(Arc::new(self.config()));
         let all = std::iter::once(config)
-            .chain(pods.into_iter().map(|p| Resource::Workload(Arc::new(p.workload))))
+            .chain(workloads)
             .chain(services.into_values().map(|s| Resource::Service(Arc::new(s.service))))
             .chain(routes.into_iter().map(|r| Resource::Route(Arc::new(r))))
             .chain(self.good().filter_map(|(_, good)| match good {
@@ -264,18 +272,6 @@ impl Index {
 
     fn good(&self) -> impl Iterator<Item = (&ObjectKey, &Good)> {
         self.entries.iter().filter_map(|(key, entry)| Some((key, entry.good.as_ref()?)))
-    }
-
-    fn policy(&self, name: &NamespacedName) -> Option<&Arc<Policy>> {
-        let key = ObjectKey {
-            kind: Kind::AuthorizationPolicy,
-            namespace: name.namespace.to_string(),
-            name: name.name.to_string(),
-        };
-        match &self.entries.get(&key)?.good {
-            Some(Good::Policy(policy, _)) => Some(policy),
-            _ => None,
-        }
     }
 
     fn reports(&self) -> BTreeMap<ObjectKey, Report> {
@@ -313,7 +309,17 @@ impl Index {
                     _ => None,
                 };
                 let (origin, generation) = (Arc::clone(&entry.origin), entry.generation);
-                (key.clone(), Report { origin, generation, accepted, resolved: None, programmable })
+                (
+                    key.clone(),
+                    Report {
+                        origin,
+                        generation,
+                        accepted,
+                        resolved: None,
+                        programmable,
+                        parents: BTreeMap::new(),
+                    },
+                )
             })
             .collect()
     }
@@ -336,6 +342,13 @@ impl Index {
             })
             .collect();
         config.ranges = ranges.into_iter().collect();
+        config.namespaces = (self.entries.keys())
+            .filter(|key| key.kind == Kind::Namespace)
+            .map(|key| {
+                let (mode, fail_mode) = self.namespace(&key.name);
+                (Arc::from(key.name.as_str()), config::NamespaceMode { mode, fail_mode })
+            })
+            .collect();
         config
     }
 
@@ -368,5 +381,7 @@ fn address(text: &str) -> Option<IpAddr> {
     text.parse::<IpAddr>().ok().map(|a| a.to_canonical())
 }
 
+#[cfg(test)]
+mod scale;
 #[cfg(test)]
 mod tests;

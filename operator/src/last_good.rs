@@ -1,8 +1,9 @@
 //! The last good form of every object, kept over restarts: `<state-dir>/last-good/`, one file per object.
 //!
 //! Without it, a document that is broken when the operator starts would be absent, and the Pods that it protects would
-//! be open. Files are 0600 and replaced whole. They are not forced to the disk: a power cut leaves an older form, or
-//! text that is dropped here, after which a broken policy counts as one that was never good.
+//! be open. Files are 0600 and replaced whole. Those by whose loss a Pod could lose its protection (policies, and
+//! Namespaces with their modes) are forced to the disk; ten thousand Pods are not, and a power cut leaves an older form
+//! of them, or text that is dropped here.
 
 use std::{
     collections::BTreeMap,
@@ -15,8 +16,9 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
+use weft_runtime::durable;
 
-use crate::objects::{self, Document, ObjectKey};
+use crate::objects::{self, Document, Kind, ObjectKey};
 
 /// Most objects that are kept.
 const MAX_OBJECTS: usize = 100_000;
@@ -141,7 +143,7 @@ impl LastGood {
                     self.max_bytes >> 20
                 )));
             }
-            self.replace(&file_name(key), &content)?;
+            self.replace(key, &content)?;
             Ok((rest + size, size))
         });
         match result {
@@ -169,7 +171,11 @@ impl LastGood {
         }
     }
 
-    fn replace(&self, name: &str, content: &[u8]) -> io::Result<()> {
+    fn replace(&self, key: &ObjectKey, content: &[u8]) -> io::Result<()> {
+        let name = file_name(key);
+        if matches!(key.kind, Kind::AuthorizationPolicy | Kind::Namespace | Kind::MeshConfig) {
+            return durable::replace(&self.dir.join(name), content, 0o600);
+        }
         let apart = self.dir.join(format!("{name}.new"));
         match fs::remove_file(&apart) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
@@ -177,7 +183,7 @@ impl LastGood {
         }
         let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&apart)?;
         file.write_all(content)?;
-        fs::rename(apart, self.dir.join(name))
+        fs::rename(apart, self.dir.join(&name))
     }
 
     /// Once per row of failures: a full disk would fill the log too.

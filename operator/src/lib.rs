@@ -5,14 +5,18 @@
 
 pub mod app;
 pub mod auth;
+pub mod authority;
 pub mod cli;
 mod controller;
 pub mod distribution;
 pub mod grpc;
 pub mod index;
+pub mod kubernetes;
 pub mod last_good;
 pub mod metrics;
 pub mod objects;
+pub mod relay;
+pub mod serve;
 pub mod source;
 pub mod status;
 

@@ -233,10 +233,10 @@ fn document(line: usize, text: String) -> Result<Option<Document>, BadDocument> 
         torn: false,
         target_refs: None,
     };
-    // Empty lines in front make the parser's line numbers those of the file.
-    let padded = "\n".repeat(line - 1) + &text;
-    let head: Head = serde_yaml_ng::from_str(&padded)
-        .map_err(|e| BadDocument { torn: true, ..bad(broken::torn_key(&text, generation), e.to_string()) })?;
+    let head: Head = serde_yaml_ng::from_str(&text).map_err(|e| BadDocument {
+        torn: true,
+        ..bad(broken::torn_key(&text, generation), in_file(&e.to_string(), line))
+    })?;
     let kind = match Kind::find(&head.api_version, &head.kind) {
         Ok(Some(kind)) => kind,
         Ok(None) if head.kind.is_empty() => {
@@ -270,12 +270,32 @@ fn document(line: usize, text: String) -> Result<Option<Document>, BadDocument> 
         return Err(bad(None, message));
     }
     let key = ObjectKey { kind, namespace, name };
-    let object = object(kind, &padded).map_err(|message| {
+    let object = object(kind, &text).map_err(|message| {
+        let message = in_file(&message, line);
         let policy = kind == Kind::AuthorizationPolicy;
         let target_refs = policy.then(|| broken::target_refs(&text)).flatten();
         BadDocument { target_refs, ..bad(Some(key.clone()), message) }
     })?;
     Ok(Some(Document { key, generation, object, text: text.into() }))
+}
+
+/// Makes the parser's line numbers those of the file, in which the document begins at `first`.
+fn in_file(message: &str, first: usize) -> String {
+    const LINE: &str = "at line ";
+    let mut out = String::with_capacity(message.len() + 8);
+    let mut parts = message.split(LINE);
+    out.push_str(parts.next().unwrap_or_default());
+    for part in parts {
+        let digits = part.bytes().take_while(u8::is_ascii_digit).count();
+        let (number, rest) = part.split_at(digits);
+        out.push_str(LINE);
+        match number.parse::<usize>() {
+            Ok(number) => out.push_str(&(number + first - 1).to_string()),
+            Err(_) => out.push_str(number),
+        }
+        out.push_str(rest);
+    }
+    out
 }
 
 fn object(kind: Kind, text: &str) -> Result<Object, String> {

@@ -10,6 +10,7 @@ use weft_runtime::DrainWatcher;
 use crate::objects::{Document, ObjectKey};
 
 pub mod dir;
+pub mod kubernetes;
 
 /// What became of one object.
 #[derive(Debug, Clone)]

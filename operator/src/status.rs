@@ -5,11 +5,13 @@ use std::{
     fs, io,
     path::{Path, PathBuf},
     sync::Arc,
+    time::Instant,
 };
 
+use futures_util::future::BoxFuture;
 use k8s_openapi::jiff::Timestamp;
 use serde::Serialize;
-use tokio::sync::watch;
+use tokio::{sync::watch, time::sleep};
 use weft_core::{NamespacedName, ResourceKey};
 use weft_runtime::DrainWatcher;
 
@@ -19,6 +21,11 @@ use crate::{
     index::{Finding, Report},
     objects::{Kind, ObjectKey},
 };
+
+/// The pause after a write, as a multiple of what the write took.
+const PAUSE: u32 = 3;
+/// Nodes that a message names.
+const NAMED: usize = 5;
 
 /// A condition, as in Kubernetes; times have milliseconds.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -86,6 +93,28 @@ struct Conditions<'a> {
     conditions: &'a [Condition],
 }
 
+/// Writes what becomes of the objects to where users see it.
+pub(crate) trait WriteStatus: Send {
+    /// Writes after every change of an object and every ack, until the process drains.
+    fn run(
+        self: Box<Self>,
+        overview: watch::Receiver<Arc<Overview>>,
+        distribution: Arc<Distribution>,
+        drain: DrainWatcher,
+    ) -> BoxFuture<'static, ()>;
+}
+
+impl WriteStatus for StatusWriter {
+    fn run(
+        self: Box<Self>,
+        overview: watch::Receiver<Arc<Overview>>,
+        distribution: Arc<Distribution>,
+        drain: DrainWatcher,
+    ) -> BoxFuture<'static, ()> {
+        Box::pin((*self).follow(overview, distribution, drain))
+    }
+}
+
 /// Writes status into a folder: one file per object of the kinds that carry status (and per object of any kind that
 /// is not well), and `summary.json`.
 #[derive(Debug)]
@@ -111,8 +140,7 @@ impl StatusWriter {
         Ok(Self { dir, since: HashMap::new(), written: BTreeMap::new(), problem: None })
     }
 
-    /// Writes after every change of an object and every ack, until the process drains.
-    pub(crate) async fn run(
+    async fn follow(
         mut self,
         mut overview: watch::Receiver<Arc<Overview>>,
         distribution: Arc<Distribution>,
@@ -123,8 +151,14 @@ impl StatusWriter {
             // Marked as seen before they are read: what changes in between is written in the next round.
             let now = Arc::clone(&overview.borrow_and_update());
             nodes.borrow_and_update();
+            let begin = Instant::now();
             if now.version.sequence > 0 {
                 self.write(&now, &distribution.nodes.states());
+            }
+            // A thousand acks of one change are one row of writes that leaves most of a core to the rest.
+            tokio::select! {
+                () = drain.draining() => return,
+                () = sleep(begin.elapsed() * PAUSE) => {}
             }
             tokio::select! {
                 () = drain.draining() => return,
@@ -138,8 +172,9 @@ impl StatusWriter {
     pub(crate) fn write(&mut self, overview: &Overview, states: &BTreeMap<String, NodeState>) {
         let time = format!("{:.3}", Timestamp::now());
         let mut all: BTreeMap<&ObjectKey, Vec<Condition>> = BTreeMap::new();
+        let mut progress = Progress::new(overview, states);
         for (key, (report, since)) in &overview.objects {
-            all.insert(key, self.conditions(key, report, since.sequence, overview, states, &time));
+            all.insert(key, self.conditions(key, report, since.sequence, &mut progress, &time));
         }
         self.since.retain(|(key, _), _| overview.objects.contains_key(key));
         let mut files = BTreeMap::new();
@@ -224,20 +259,10 @@ impl StatusWriter {
         key: &ObjectKey,
         report: &Report,
         sequence: u64,
-        overview: &Overview,
-        states: &BTreeMap<String, NodeState>,
+        progress: &mut Progress<'_>,
         time: &str,
     ) -> Vec<Condition> {
-        let mut findings = vec![("Accepted", report.accepted.clone())];
-        findings.extend(report.resolved.clone().map(|r| ("ResolvedRefs", r)));
-        findings.extend(report.programmable.as_ref().map(|p| {
-            let finding = match p {
-                Ok(()) => programmed(key, sequence, overview, states),
-                Err(finding) => finding.clone(),
-            };
-            ("Programmed", finding)
-        }));
-        (findings.into_iter())
+        (progress.findings(key, report, sequence).into_iter())
             .map(|(r#type, finding)| {
                 let status = if finding.ok { "True" } else { "False" };
                 let since =
@@ -258,21 +283,74 @@ impl StatusWriter {
     }
 }
 
-/// Which nodes enforce an object: those that acknowledged a version that holds it, and did not reject it.
+/// Which nodes enforce what. Most objects are rejected by nobody, so they differ only by the version that holds them:
+/// a thousand nodes are gone through once per such version, not once per object.
+pub(crate) struct Progress<'a> {
+    /// The nodes that there are, with what is known of them.
+    nodes: Vec<(&'a str, Option<&'a NodeState>)>,
+    /// Rejections by the resource's key.
+    rejected: HashMap<&'a str, BTreeMap<&'a str, &'a str>>,
+    known: HashMap<u64, Finding>,
+}
+
+impl<'a> Progress<'a> {
+    pub(crate) fn new(overview: &'a Overview, states: &'a BTreeMap<String, NodeState>) -> Self {
+        let live = states.iter().filter(|(_, s)| s.streams > 0).map(|(n, _)| n);
+        let wanted: BTreeSet<&String> = overview.nodes.iter().chain(live).collect();
+        let nodes: Vec<_> = wanted.into_iter().map(|n| (n.as_str(), states.get(n))).collect();
+        let mut rejected: HashMap<&str, BTreeMap<&str, &str>> = HashMap::new();
+        for (node, state) in &nodes {
+            for (key, error) in state.iter().flat_map(|s| &s.rejected) {
+                rejected.entry(key).or_default().entry(node).or_insert(error);
+            }
+        }
+        Self { nodes, rejected, known: HashMap::new() }
+    }
+
+    /// What is said of an object, by type of condition. `sequence` is the version that holds it first.
+    pub(crate) fn findings(
+        &mut self,
+        key: &ObjectKey,
+        report: &Report,
+        sequence: u64,
+    ) -> Vec<(&'static str, Finding)> {
+        let mut findings = vec![("Accepted", report.accepted.clone())];
+        findings.extend(report.resolved.clone().map(|r| ("ResolvedRefs", r)));
+        findings.extend(report.programmable.as_ref().map(|p| {
+            let finding = match p {
+                Ok(()) => self.of(key, sequence),
+                Err(finding) => finding.clone(),
+            };
+            ("Programmed", finding)
+        }));
+        findings
+    }
+
+    /// Those that acknowledged a version that holds the object, and did not reject it.
+    fn of(&mut self, key: &ObjectKey, sequence: u64) -> Finding {
+        let rejected = if self.rejected.is_empty() {
+            None
+        } else {
+            resource_key(key).and_then(|resource| self.rejected.get(resource.as_str()))
+        };
+        match rejected {
+            Some(rejected) => programmed(&self.nodes, Some(rejected), sequence),
+            None => {
+                let nodes = &self.nodes;
+                self.known.entry(sequence).or_insert_with(|| programmed(nodes, None, sequence)).clone()
+            }
+        }
+    }
+}
+
 fn programmed(
-    key: &ObjectKey,
+    nodes: &[(&str, Option<&NodeState>)],
+    refusals: Option<&BTreeMap<&str, &str>>,
     sequence: u64,
-    overview: &Overview,
-    states: &BTreeMap<String, NodeState>,
 ) -> Finding {
-    let live = states.iter().filter(|(_, s)| s.streams > 0).map(|(n, _)| n);
-    let wanted: BTreeSet<&String> = overview.nodes.iter().chain(live).collect();
-    let resource = resource_key(key);
     let (mut done, mut waiting, mut rejected) = (0, Vec::new(), Vec::new());
-    for node in &wanted {
-        let state = states.get(*node);
-        let refusal = state.and_then(|s| s.rejected.iter().find(|(k, _)| Some(k) == resource.as_ref()));
-        if let Some((_, error)) = refusal {
+    for (node, state) in nodes {
+        if let Some(error) = refusals.and_then(|r| r.get(node)) {
             rejected.push(format!("{node}: {error}"));
         } else if state.is_some_and(|s| s.acked.is_some_and(|a| a.sequence >= sequence)) {
             done += 1;
@@ -281,19 +359,25 @@ fn programmed(
             waiting.push(format!("{node}{away}"));
         }
     }
-    let count = format!("{done}/{} nodes", wanted.len());
-    if wanted.is_empty() {
+    let count = format!("{done}/{} nodes", nodes.len());
+    if nodes.is_empty() {
         Finding { ok: false, reason: "NoNodes", message: "no node is known; start weft-agent on one".into() }
     } else if !rejected.is_empty() {
-        Finding { ok: false, reason: "Rejected", message: format!("{count}; {}", rejected.join("; ")) }
+        Finding { ok: false, reason: "Rejected", message: format!("{count}; {}", some(&rejected, "; ")) }
     } else if waiting.is_empty() {
         Finding { ok: true, reason: "Programmed", message: count }
     } else {
-        Finding {
-            ok: false,
-            reason: "Pending",
-            message: format!("{count}; waiting for {}", waiting.join(", ")),
-        }
+        let message = format!("{count}; waiting for {}", some(&waiting, ", "));
+        Finding { ok: false, reason: "Pending", message }
+    }
+}
+
+/// The first few, and how many more there are.
+fn some(all: &[String], between: &str) -> String {
+    let named = all.get(..NAMED.min(all.len())).unwrap_or_default().join(between);
+    match all.len().saturating_sub(NAMED) {
+        0 => named,
+        more => format!("{named}{between}and {more} more"),
     }
 }
 

@@ -49,37 +49,46 @@ fn a_known_version_resumes_with_the_difference() {
     let d = Distribution::new();
     let v1 = d.publish(state(&[policy("a", Action::Allow), policy("b", Action::Allow)]), Instant::now());
     d.publish(state(&[policy("a", Action::Deny), policy("c", Action::Allow)]), Instant::now());
-    let delta = delta(d.at(v1).as_deref(), &d.current().unwrap(), "n");
-    assert!(!delta.full);
-    assert_eq!(delta.upserted, [policy("a", Action::Deny), policy("c", Action::Allow)]);
-    assert_eq!(delta.removed, [policy("b", Action::Allow).key()]);
+    let now = d.current().unwrap();
+    let difference = now.since(v1);
+    assert!(!difference.full);
+    let upserted: Vec<_> = difference.upserted.iter().map(|p| p.resource.clone()).collect();
+    assert_eq!(upserted, [policy("a", Action::Deny), policy("c", Action::Allow)]);
+    assert_eq!(difference.removed, [&policy("b", Action::Allow).key()]);
+    let nothing = now.since(now.version);
+    assert!(!nothing.full && nothing.upserted.is_empty() && nothing.removed.is_empty());
 }
 
 #[test]
 fn an_unknown_epoch_or_a_forgotten_version_gets_everything() {
     let d = Distribution::new();
     let v1 = d.publish(state(&[policy("a", Action::Allow)]), Instant::now());
-    assert!(d.at(Version { epoch: v1.epoch + 1, sequence: 1 }).is_none());
+    let full = |version| d.current().unwrap().since(version).full;
+    assert!(full(Version { epoch: v1.epoch + 1, sequence: 1 }) && full(Version::default()));
+    assert!(full(Version { epoch: v1.epoch, sequence: 2 }), "a version of the future");
+    assert!(!full(v1));
     for i in 0..=HISTORY {
         let action = if i % 2 == 0 { Action::Deny } else { Action::Allow };
         d.publish(state(&[policy("a", action)]), Instant::now());
     }
-    assert!(d.at(v1).is_none());
-    let full = delta(None, &d.current().unwrap(), "n");
-    assert!(full.full);
-    assert_eq!(full.upserted.len(), 1);
+    assert!(full(v1) && d.noticed(v1).is_none());
+    assert_eq!(d.current().unwrap().since(v1).upserted.len(), 1);
 }
 
 #[test]
 fn only_a_pods_own_node_learns_its_namespace() {
     let d = Distribution::new();
     d.publish(state(&[pod("n1")]), Instant::now());
-    let netns = |node| match delta(None, &d.current().unwrap(), node).upserted.remove(0) {
-        Resource::Workload(w) => w.netns.clone(),
-        _ => None,
+    let netns = |node| {
+        let json = d.current().unwrap().since(Version::default()).upserted[0].json(node).unwrap();
+        match serde_json::from_slice(&json).unwrap() {
+            Resource::Workload(w) => w.netns.clone(),
+            _ => None,
+        }
     };
     assert_eq!(netns("n1").as_deref(), Some("/run/netns/web"));
     assert_eq!(netns("n2"), None);
+    assert_eq!(netns("n1").as_deref(), Some("/run/netns/web"), "the kept text is each node's own");
 }
 
 #[test]

@@ -8,7 +8,7 @@ use tokio::{
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
-use weft_core::{Delta, Version};
+use weft_core::Version;
 use weft_proto::control::{
     self as proto, SubscribeRequest, SubscribeResponse, control_server::Control, subscribe_request::Message,
 };
@@ -16,8 +16,8 @@ use weft_runtime::{DrainWatcher, Tasks};
 
 use super::caller;
 use crate::{
-    auth::Tokens,
-    distribution::{Distribution, Snapshot, delta, nodes::Stream},
+    auth::Authenticator,
+    distribution::{Distribution, Snapshot, nodes::Stream},
     metrics::Metrics,
 };
 
@@ -32,7 +32,7 @@ pub struct ControlService {
     /// What is sent.
     pub distribution: Arc<Distribution>,
     /// Who may listen.
-    pub tokens: Arc<Tokens>,
+    pub callers: Arc<dyn Authenticator>,
     /// What is counted.
     pub metrics: Metrics,
     /// Where streams run.
@@ -49,7 +49,7 @@ impl Control for ControlService {
         &self,
         request: Request<Streaming<SubscribeRequest>>,
     ) -> Result<Response<Self::SubscribeStream>, Status> {
-        let node = caller(&self.tokens, &self.metrics, &request)?;
+        let node = caller(&*self.callers, &self.metrics, &request).await?;
         let (sender, receiver) = mpsc::channel(QUEUE);
         let service = self.clone();
         let incoming = request.into_inner();
@@ -89,7 +89,7 @@ impl ControlService {
             .map_err(|e| Status::resource_exhausted(e.to_string()))?;
         tracing::info!(node, agent = hello.agent_version, %held, "an agent follows");
         let mut newest = self.distribution.subscribe();
-        let mut sent: Option<Arc<Snapshot>> = self.distribution.at(held);
+        let mut sent = held;
         // What the agent holds it must still confirm, so it is always sent something first.
         let mut due = true;
         loop {
@@ -109,9 +109,9 @@ impl ControlService {
                     let Ok(permit) = permit else { return Ok(()) };
                     due = false;
                     if let Some(snapshot) = current(&mut newest) {
-                        permit.send(encode(&delta(sent.as_deref(), &snapshot, node)));
+                        permit.send(encode(&snapshot, sent, node));
                         self.metrics.deltas.inc();
-                        sent = Some(snapshot);
+                        sent = snapshot.version;
                     }
                 }
             }
@@ -142,16 +142,16 @@ fn version(v: Option<&proto::Version>) -> Version {
     v.map_or_else(Version::default, |v| Version { epoch: v.epoch, sequence: v.sequence })
 }
 
-fn encode(delta: &Delta) -> Result<SubscribeResponse, Status> {
+fn encode(snapshot: &Snapshot, held: Version, node: &str) -> Result<SubscribeResponse, Status> {
     let failed = |e: serde_json::Error| Status::internal(format!("a resource does not serialise: {e}"));
-    let upserted = (delta.upserted.iter())
-        .map(|r| Ok(proto::Resource { json: serde_json::to_vec(r).map_err(failed)?.into() }))
+    let difference = snapshot.since(held);
+    let upserted = (difference.upserted.iter())
+        .map(|r| Ok(proto::Resource { json: r.json(node).map_err(failed)? }))
         .collect::<Result<_, Status>>()?;
-    let removed = delta
-        .removed
-        .iter()
+    let removed = (difference.removed.iter())
         .map(|k| serde_json::to_string(k).map_err(failed))
         .collect::<Result<_, Status>>()?;
-    let version = Some(proto::Version { epoch: delta.version.epoch, sequence: delta.version.sequence });
-    Ok(SubscribeResponse { version, full: delta.full, upserted, removed })
+    let Version { epoch, sequence } = snapshot.version;
+    let version = Some(proto::Version { epoch, sequence });
+    Ok(SubscribeResponse { version, full: difference.full, upserted, removed })
 }

@@ -2,14 +2,23 @@
 
 use std::sync::Arc;
 
+use futures_util::{
+    StreamExt,
+    stream::{self, BoxStream},
+};
+use tokio::sync::watch;
 use tonic::{Request, Response, Status};
 use weft_core::{Resource, SpiffeId};
 use weft_identity::ca::{CaError, EmbeddedCa};
-use weft_proto::control::{SignRequest, SignResponse, identity_server::Identity};
+use weft_proto::control::{
+    SignRequest, SignResponse, TrustRequest, TrustResponse, identity_server::Identity,
+};
+
+use weft_runtime::DrainWatcher;
 
 use super::caller;
 use crate::{
-    auth::Tokens,
+    auth::Authenticator,
     distribution::Distribution,
     metrics::{Metrics, Reason},
     objects::is_object_name,
@@ -21,17 +30,49 @@ pub struct IdentityService {
     /// Who is scheduled where.
     pub distribution: Arc<Distribution>,
     /// Who may ask.
-    pub tokens: Arc<Tokens>,
+    pub callers: Arc<dyn Authenticator>,
     /// Who signs.
-    pub ca: Arc<EmbeddedCa>,
+    pub ca: watch::Receiver<Arc<EmbeddedCa>>,
     /// What is counted.
     pub metrics: Metrics,
+    /// When streams end.
+    pub drain: DrainWatcher,
 }
 
 #[tonic::async_trait]
 impl Identity for IdentityService {
+    type TrustStream = BoxStream<'static, Result<TrustResponse, Status>>;
+
+    async fn trust(&self, request: Request<TrustRequest>) -> Result<Response<Self::TrustStream>, Status> {
+        caller(&*self.callers, &self.metrics, &request).await?;
+        let mut ca = self.ca.clone();
+        ca.mark_changed();
+        let followed = stream::unfold(Some((ca, self.drain.clone())), async |state| {
+            let (mut ca, drain) = state?;
+            tokio::select! {
+                () = drain.draining() => {
+                    Some((Err(Status::unavailable("the operator stops; try again")), None))
+                }
+                changed = ca.changed() => {
+                    // Whoever changed the CA is gone; the roots stay until the process ends.
+                    if changed.is_err() {
+                        drain.draining().await;
+                        return None;
+                    }
+                    let now = Arc::clone(&ca.borrow_and_update());
+                    let answer = TrustResponse {
+                        trust_domain: now.trust_domain().to_string(),
+                        roots_der: now.roots().iter().map(|root| root.to_vec()).collect(),
+                    };
+                    Some((Ok(answer), Some((ca, drain))))
+                }
+            }
+        });
+        Ok(Response::new(followed.boxed()))
+    }
+
     async fn sign(&self, request: Request<SignRequest>) -> Result<Response<SignResponse>, Status> {
-        let node = caller(&self.tokens, &self.metrics, &request)?;
+        let node = caller(&*self.callers, &self.metrics, &request).await?;
         let SignRequest { namespace, service_account, csr_der } = request.into_inner();
         if !is_object_name(&namespace) || !is_object_name(&service_account) {
             self.refused("malformed");
@@ -42,8 +83,8 @@ impl Identity for IdentityService {
         };
         let mut lifetime = weft_identity::ca::SVID_LIFETIME;
         let mut scheduled = false;
-        for resource in state.resources.values() {
-            match resource {
+        for published in state.resources.values() {
+            match &published.resource {
                 Resource::Config(config) => lifetime = config.svid_lifetime,
                 Resource::Workload(w) => {
                     scheduled |= *w.node == *node
@@ -63,8 +104,9 @@ impl Identity for IdentityService {
                 "node rule: no Pod of service account {namespace}/{service_account} is scheduled on node {node}"
             )));
         }
-        let id = SpiffeId::service_account(self.ca.trust_domain(), &namespace, &service_account);
-        let signed = self.ca.sign(&id, &csr_der, lifetime).map_err(|error| {
+        let ca = Arc::clone(&self.ca.borrow());
+        let id = SpiffeId::service_account(ca.trust_domain(), &namespace, &service_account);
+        let signed = ca.sign(&id, &csr_der, lifetime).map_err(|error| {
             self.refused("ca");
             match error {
                 CaError::Request(_) => Status::invalid_argument(error.to_string()),
@@ -78,7 +120,7 @@ impl Identity for IdentityService {
         tracing::info!(node, %id, "a certificate is signed");
         Ok(Response::new(SignResponse {
             chain_der: signed.chain.iter().map(|c| c.to_vec()).collect(),
-            trust_domain: self.ca.trust_domain().to_string(),
+            trust_domain: ca.trust_domain().to_string(),
             roots_der: signed.roots.iter().map(|c| c.to_vec()).collect(),
         }))
     }

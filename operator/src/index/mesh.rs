@@ -3,7 +3,6 @@
 use weft_api::mesh_config::{ConnectionsBeforeEnrolment, MeshConfigSpec, Telemetry};
 
 const CONNECTIONS: &str = "spec.connectionsBeforeEnrolment";
-const ACCESS_LOG: &str = "spec.telemetry.accessLog";
 const COMPAT: &str = "spec.telemetry.metricsCompat";
 const TRACING: &str = "spec.telemetry.tracing";
 
@@ -12,7 +11,6 @@ pub(super) fn without_effect(spec: &MeshConfigSpec) -> Vec<&'static str> {
     let (telemetry, default) = (&spec.telemetry, Telemetry::default());
     let set = [
         (CONNECTIONS, spec.connections_before_enrolment != ConnectionsBeforeEnrolment::default()),
-        (ACCESS_LOG, telemetry.access_log != default.access_log),
         (COMPAT, telemetry.metrics_compat != default.metrics_compat),
         (TRACING, telemetry.tracing != default.tracing),
     ];
@@ -22,7 +20,7 @@ pub(super) fn without_effect(spec: &MeshConfigSpec) -> Vec<&'static str> {
 /// The message of condition `Accepted`.
 pub(super) fn message(set: &[&'static str]) -> String {
     let all = format!(
-        "these fields are accepted but have no effect in this version: {CONNECTIONS}, {ACCESS_LOG}, {COMPAT}, {TRACING}"
+        "these fields are accepted but have no effect in this version: {CONNECTIONS}, {COMPAT}, {TRACING}"
     );
     if set.is_empty() { all } else { format!("{all}; this object sets {}", set.join(", ")) }
 }

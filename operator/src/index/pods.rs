@@ -7,70 +7,199 @@ use std::{
 };
 
 use k8s_openapi::{
-    api::core::v1::{Container, Pod},
+    api::{
+        core::v1::{Container, Pod, PodSpec},
+        networking::v1::NetworkPolicy,
+    },
     apimachinery::pkg::apis::meta::v1::LabelSelector,
+    jiff::Timestamp,
 };
 use sha2::{Digest, Sha256};
 use weft_api::{FieldError, labels};
 use weft_core::{
-    NamespacedName, SpiffeId, SubjectId, Workload, WorkloadUid,
+    NamespacedName, SpiffeId, SubjectId, TrustDomain, Workload, WorkloadUid,
     workload::{FailMode, Mode, Owner},
 };
 
 use super::{Finding, Good, Index, Report};
-use crate::objects::{Kind, ObjectKey};
+use crate::objects::ObjectKey;
+
+/// What is read of a Pod when it comes.
+#[derive(Debug, Clone)]
+pub(super) struct Facts {
+    /// Everything that follows from the Pod alone; the rest has its default.
+    pub(super) template: Arc<Workload>,
+    /// What its own label asks for.
+    mode: Option<Mode>,
+    ready: bool,
+    /// It has a node, is not over, and is not of the host's network.
+    scheduled: bool,
+    deleting: bool,
+    created: Option<Timestamp>,
+}
+
+impl Facts {
+    /// Reads a Pod.
+    ///
+    /// # Errors
+    /// For a field that is wrong.
+    pub(super) fn new(trust_domain: &TrustDomain, key: &ObjectKey, pod: &Pod) -> Result<Self, FieldError> {
+        let meta = &pod.metadata;
+        let empty = PodSpec::default();
+        let spec = pod.spec.as_ref().unwrap_or(&empty);
+        let name = NamespacedName::new(&key.namespace, &key.name);
+        let account: Arc<str> = (spec.service_account_name.as_deref())
+            .or(spec.service_account.as_deref())
+            .filter(|s| !s.is_empty())
+            .unwrap_or("default")
+            .into();
+        let annotations = meta.annotations.as_ref();
+        let template = Workload {
+            uid: uid(pod, &name),
+            identity: SpiffeId::service_account(trust_domain, &key.namespace, &account),
+            service_account: account,
+            subject: SubjectId::UNKNOWN,
+            owner: owner(pod, &key.name),
+            zone: "".into(),
+            node: spec.node_name.as_deref().unwrap_or_default().into(),
+            labels: meta.labels.clone().unwrap_or_default(),
+            addresses: addresses(pod)?,
+            named_ports: named_ports(&spec.containers, spec.init_containers.as_deref()),
+            mode: Mode::default(),
+            fail_mode: FailMode::default(),
+            policies: Vec::new(),
+            network_policy: false,
+            netns: annotations.and_then(|a| a.get(labels::NETNS)).cloned(),
+            name,
+        };
+        Ok(Self {
+            template: Arc::new(template),
+            mode: labels::mode(meta.labels.as_ref())?,
+            ready: ready(pod),
+            scheduled: scheduled(pod),
+            deleting: meta.deletion_timestamp.is_some(),
+            created: meta.creation_timestamp.as_ref().map(|t| t.0),
+        })
+    }
+}
 
 /// A Pod on its way to a [`Workload`].
 #[derive(Debug)]
 pub(super) struct Draft {
-    pub(super) workload: Workload,
+    /// What follows from the Pod alone.
+    pub(super) template: Arc<Workload>,
+    /// Its addresses that no younger Pod has.
+    pub(super) addresses: Vec<IpAddr>,
     /// Whether it should get new connections.
     pub(super) ready: bool,
+    pub(super) mode: Mode,
+    pub(super) fail_mode: FailMode,
+    pub(super) policies: Vec<NamespacedName>,
+    pub(super) subject: SubjectId,
+    zone: Arc<str>,
+    network_policy: bool,
+}
+
+/// The workloads of a build, each with the template that it was made of, in the order of their uids.
+pub(super) type Built = Vec<(Arc<Workload>, Arc<Workload>)>;
+
+/// The workloads, in the drafts' order, which is that of their uids; one that is as it was keeps its allocation.
+pub(super) fn finish(drafts: Vec<Draft>, before: &Built) -> Built {
+    let mut before = before.iter().peekable();
+    let mut built = Built::with_capacity(drafts.len());
+    for draft in drafts {
+        let template = Arc::clone(&draft.template);
+        while before.next_if(|(of, _)| of.uid < template.uid).is_some() {}
+        let workload = match before.next_if(|(of, _)| of.uid == template.uid) {
+            Some((of, workload)) if Arc::ptr_eq(of, &template) && draft.same(workload) => {
+                Arc::clone(workload)
+            }
+            _ => Arc::new(draft.workload()),
+        };
+        built.push((template, workload));
+    }
+    built
+}
+
+impl Draft {
+    /// Whether it would become `w`, which was made of the same template.
+    fn same(&self, w: &Workload) -> bool {
+        self.addresses == w.addresses
+            && self.mode == w.mode
+            && self.fail_mode == w.fail_mode
+            && self.policies == w.policies
+            && self.subject == w.subject
+            && self.zone == w.zone
+            && self.network_policy == w.network_policy
+    }
+
+    fn workload(self) -> Workload {
+        Workload {
+            addresses: self.addresses,
+            mode: self.mode,
+            fail_mode: self.fail_mode,
+            policies: self.policies,
+            subject: self.subject,
+            zone: self.zone,
+            network_policy: self.network_policy,
+            ..Workload::clone(&self.template)
+        }
+    }
 }
 
 /// The Pods that are scheduled and not over, in a fixed order.
 ///
 /// Pods of the host's network are left out: any of them could be any other, and host daemons are never captured.
 pub(super) fn collect(index: &Index, reports: &mut BTreeMap<ObjectKey, Report>) -> Vec<Draft> {
-    let zones: HashMap<&str, &Arc<str>> = (index.good())
-        .filter_map(|(key, good)| match good {
-            Good::Node { zone, .. } => Some((key.name.as_str(), zone)),
-            _ => None,
-        })
-        .collect();
-    let mut pods: Vec<(&ObjectKey, &Pod)> = (index.good())
-        .filter_map(|(key, good)| match good {
-            Good::Pod(pod) if scheduled(pod) => Some((key, &**pod)),
-            _ => None,
-        })
-        .collect();
+    let mut zones: HashMap<&str, &Arc<str>> = HashMap::new();
+    let mut network_policies: HashMap<&str, Vec<&NetworkPolicy>> = HashMap::new();
+    let mut pods: Vec<(&ObjectKey, &Facts)> = Vec::new();
+    for (key, good) in index.good() {
+        match good {
+            Good::Node { zone, .. } => drop(zones.insert(&key.name, zone)),
+            Good::NetworkPolicy(p) => network_policies.entry(&key.namespace).or_default().push(p),
+            Good::Pod(pod) if pod.scheduled => pods.push((key, pod)),
+            _ => {}
+        }
+    }
     // An address belongs to the youngest Pod that is not going away.
-    pods.sort_by_key(|(key, pod)| {
-        let meta = &pod.metadata;
-        let created = meta.creation_timestamp.as_ref().map(|t| t.0);
-        (meta.deletion_timestamp.is_some(), std::cmp::Reverse(created), *key)
-    });
+    pods.sort_by_key(|(key, pod)| (pod.deleting, std::cmp::Reverse(pod.created), *key));
+    let none: Arc<str> = "".into();
+    let mut namespaces: HashMap<&str, (Mode, FailMode)> = HashMap::new();
     let mut taken: HashMap<IpAddr, &ObjectKey> = HashMap::new();
     let mut drafts = Vec::with_capacity(pods.len());
     for (key, pod) in pods {
-        let mut draft = draft(index, key, pod, &zones, reports);
-        draft.workload.addresses.retain(|address| match taken.get(address) {
-            None => {
-                taken.insert(*address, key);
-                true
-            }
-            Some(other) => {
-                complain(
+        let namespace = *namespaces.entry(&key.namespace).or_insert_with(|| index.namespace(&key.namespace));
+        let (mode, fail_mode) = modes(namespace, key, pod.mode, reports);
+        let template = &pod.template;
+        let policies = network_policies.get(&*key.namespace).into_iter().flatten();
+        let mut draft = Draft {
+            template: Arc::clone(template),
+            addresses: Vec::with_capacity(template.addresses.len()),
+            ready: pod.ready,
+            mode,
+            fail_mode,
+            policies: Vec::new(),
+            subject: SubjectId::UNKNOWN,
+            zone: Arc::clone(zones.get(&*template.node).copied().unwrap_or(&none)),
+            network_policy: policies.into_iter().any(|policy| restricts(policy, &template.labels)),
+        };
+        for address in &template.addresses {
+            match taken.get(address) {
+                None => {
+                    taken.insert(*address, key);
+                    draft.addresses.push(*address);
+                }
+                Some(other) => complain(
                     reports,
                     key,
                     &format!("status.podIPs: {address} belongs to {other}; give each Pod its own"),
-                );
-                false
+                ),
             }
-        });
+        }
         drafts.push(draft);
     }
-    drafts.sort_by(|a, b| a.workload.uid.cmp(&b.workload.uid));
+    drafts.sort_by(|a, b| a.template.uid.cmp(&b.template.uid));
     drafts
 }
 
@@ -85,56 +214,13 @@ fn scheduled(pod: &Pod) -> bool {
     spec.and_then(|s| s.node_name.as_deref()).is_some_and(|n| !n.is_empty()) && !over && !host
 }
 
-fn draft(
-    index: &Index,
-    key: &ObjectKey,
-    pod: &Pod,
-    zones: &HashMap<&str, &Arc<str>>,
-    reports: &mut BTreeMap<ObjectKey, Report>,
-) -> Draft {
-    let meta = &pod.metadata;
-    let spec = pod.spec.clone().unwrap_or_default();
-    let name = NamespacedName::new(&key.namespace, &key.name);
-    let account: Arc<str> = (spec.service_account_name.as_deref())
-        .or(spec.service_account.as_deref())
-        .filter(|s| !s.is_empty())
-        .unwrap_or("default")
-        .into();
-    let node: Arc<str> = spec.node_name.as_deref().unwrap_or_default().into();
-    let (mode, fail_mode) = modes(index, key, meta.labels.as_ref(), reports);
-    let annotations = meta.annotations.as_ref();
-    Draft {
-        ready: ready(pod),
-        workload: Workload {
-            uid: uid(pod, &name),
-            identity: SpiffeId::service_account(&index.trust_domain, &key.namespace, &account),
-            service_account: account,
-            subject: SubjectId::UNKNOWN,
-            owner: owner(pod, &key.name),
-            zone: zones.get(&*node).map_or_else(|| "".into(), |z| Arc::clone(z)),
-            node,
-            labels: meta.labels.clone().unwrap_or_default(),
-            addresses: addresses(pod).unwrap_or_default(),
-            named_ports: named_ports(&spec.containers, spec.init_containers.as_deref()),
-            mode,
-            fail_mode,
-            policies: Vec::new(),
-            network_policy: network_policy(index, key, meta.labels.as_ref()),
-            netns: annotations.and_then(|a| a.get(labels::NETNS)).cloned(),
-            name,
-        },
-    }
-}
-
 /// A Pod's label may only tighten its namespace's mode.
 fn modes(
-    index: &Index,
+    (namespace, mut fail): (Mode, FailMode),
     key: &ObjectKey,
-    own: Option<&BTreeMap<String, String>>,
+    own: Option<Mode>,
     reports: &mut BTreeMap<ObjectKey, Report>,
 ) -> (Mode, FailMode) {
-    let (namespace, mut fail) = index.namespace(&key.namespace);
-    let own = labels::mode(own).ok().flatten();
     let mode = own.map_or(namespace, |own| own.max(namespace));
     if own.is_some_and(|own| own < namespace) {
         let message = format!(
@@ -167,7 +253,7 @@ fn complain(reports: &mut BTreeMap<ObjectKey, Report>, key: &ObjectKey, message:
 }
 
 /// The Pod's addresses.
-pub(super) fn addresses(pod: &Pod) -> Result<Vec<IpAddr>, FieldError> {
+fn addresses(pod: &Pod) -> Result<Vec<IpAddr>, FieldError> {
     let Some(status) = &pod.status else { return Ok(Vec::new()) };
     let listed = status.pod_ips.iter().flatten().map(|p| p.ip.as_str());
     let texts: Vec<&str> = if status.pod_ips.is_some() {
@@ -234,17 +320,9 @@ fn ready(pod: &Pod) -> bool {
     pod.metadata.deletion_timestamp.is_none() && condition.map_or_else(running, |c| c.status == "True")
 }
 
-fn network_policy(index: &Index, key: &ObjectKey, own: Option<&BTreeMap<String, String>>) -> bool {
-    let empty = BTreeMap::new();
-    let own = own.unwrap_or(&empty);
-    index.good().any(|(policy, good)| match good {
-        Good::NetworkPolicy(p) if policy.kind == Kind::NetworkPolicy && policy.namespace == key.namespace => {
-            p.spec
-                .as_ref()
-                .is_some_and(|s| s.pod_selector.as_ref().is_none_or(|selector| selects(selector, own)))
-        }
-        _ => false,
-    })
+fn restricts(policy: &NetworkPolicy, own: &BTreeMap<String, String>) -> bool {
+    let spec = policy.spec.as_ref();
+    spec.is_some_and(|s| s.pod_selector.as_ref().is_none_or(|selector| selects(selector, own)))
 }
 
 fn selects(selector: &LabelSelector, labels: &BTreeMap<String, String>) -> bool {

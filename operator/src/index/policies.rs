@@ -2,35 +2,68 @@
 
 use std::collections::BTreeMap;
 
-use weft_api::convert::authorization::Target;
-use weft_core::NamespacedName;
+use weft_api::{convert::authorization::Target, values::Selector};
+use weft_core::{NamespacedName, WorkloadUid};
 
-use super::{Entry, Finding, Good, Index, Report, pods::Draft, services::Known};
+use super::{Entry, Finding, Good, Index, Report, lookup::Lookup, pods::Draft, services::Known};
 use crate::objects::{Kind, ObjectKey};
 
-/// Writes on each Pod the policies that select it, and on each policy and TrafficPolicy whether its Services exist.
+/// The policies that select each Pod, sorted, in the drafts' order; and on each policy and TrafficPolicy whether its
+/// Services exist.
 pub(super) fn attach(
     index: &Index,
-    pods: &mut [Draft],
+    pods: &[Draft],
+    lookup: &Lookup<'_>,
     services: &BTreeMap<NamespacedName, Known>,
     reports: &mut BTreeMap<ObjectKey, Report>,
-) {
+) -> Vec<Vec<NamespacedName>> {
+    let mut selected: Vec<Vec<NamespacedName>> = vec![Vec::new(); pods.len()];
+    // The drafts are in the order of their uids.
+    let number_of = |uid: &WorkloadUid| pods.binary_search_by(|pod| pod.template.uid.cmp(uid)).ok();
+    let mut select = |key: &ObjectKey, targets: &[Target]| {
+        let name = NamespacedName::new(&key.namespace, &key.name);
+        let mut mark = |number: usize| {
+            // Objects come one after the other, so a policy that is there already stands last.
+            if let Some(list) = selected.get_mut(number)
+                && list.last() != Some(&name)
+            {
+                list.push(name.clone());
+            }
+        };
+        for target in targets {
+            match target {
+                Target::Pods(selector) => {
+                    for number in lookup.candidates(&key.namespace, &selector.match_labels) {
+                        if pods.get(*number).is_some_and(|p| selector.matches(&p.template.labels)) {
+                            mark(*number);
+                        }
+                    }
+                }
+                Target::Service(service) => {
+                    let known = services.get(&NamespacedName::new(&key.namespace, service));
+                    for number in known.into_iter().flat_map(|s| &s.pods).filter_map(number_of) {
+                        mark(number);
+                    }
+                }
+            }
+        }
+    };
     for (key, entry) in &index.entries {
         let mut missing = Vec::new();
         match &entry.good {
             Some(Good::Policy(_, targets)) => {
-                select(key, pods, |pod| selects(key, targets, pod, services));
+                select(key, targets);
                 missing.extend(services_of(targets));
             }
             Some(Good::Traffic(names)) => missing.extend(names.iter().map(String::as_str)),
             // Named, but never sent: whoever judges a Pod with a policy that is not there denies.
             None if key.kind == Kind::AuthorizationPolicy => match &entry.guarded {
                 Some(targets) => {
-                    select(key, pods, |pod| selects(key, targets, pod, services));
+                    select(key, targets);
                     missing.extend(services_of(targets));
                 }
                 None => {
-                    select(key, pods, |_| true);
+                    select(key, &[Target::Pods(Selector::default())]);
                     continue;
                 }
             },
@@ -50,9 +83,10 @@ pub(super) fn attach(
             });
         }
     }
-    for pod in pods {
-        pod.workload.policies.sort();
+    for policies in &mut selected {
+        policies.sort();
     }
+    selected
 }
 
 /// What becomes of the Pods of a policy that was never good.
@@ -64,29 +98,6 @@ pub(super) fn guard_message(key: &ObjectKey, entry: &Entry) -> String {
         }
     };
     format!("no good form of it is known, so everything is denied to {whose}; correct it or remove it")
-}
-
-fn select(key: &ObjectKey, pods: &mut [Draft], selected: impl Fn(&Draft) -> bool) {
-    let name = NamespacedName::new(&key.namespace, &key.name);
-    for pod in pods.iter_mut().filter(|p| p.workload.name.namespace == name.namespace) {
-        if selected(pod) {
-            pod.workload.policies.push(name.clone());
-        }
-    }
-}
-
-fn selects(
-    key: &ObjectKey,
-    targets: &[Target],
-    pod: &Draft,
-    services: &BTreeMap<NamespacedName, Known>,
-) -> bool {
-    targets.iter().any(|target| match target {
-        Target::Pods(selector) => selector.matches(&pod.workload.labels),
-        Target::Service(name) => services
-            .get(&NamespacedName::new(&key.namespace, name))
-            .is_some_and(|s| s.pods.contains(&pod.workload.uid)),
-    })
 }
 
 fn services_of(targets: &[Target]) -> impl Iterator<Item = &str> {

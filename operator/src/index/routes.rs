@@ -100,6 +100,12 @@ fn judge(key: &ObjectKey, report: &mut Report, converted: &http_route::Converted
     if !report.accepted.ok {
         return;
     }
+    for missing in &parents {
+        let place = missing.error.field.strip_prefix("spec.parentRefs[").and_then(|f| f.split(']').next());
+        if let Some(place) = place.and_then(|p| p.parse().ok()) {
+            report.parents.insert(place, Finding::bad("NoMatchingParent", missing.error.to_string()));
+        }
+    }
     let parents: Vec<String> = parents.iter().map(|p| p.error.to_string()).collect();
     let unsupported: Vec<String> = converted.unsupported.iter().map(ToString::to_string).collect();
     match &converted.route {

@@ -13,11 +13,11 @@ use k8s_openapi::{
     apimachinery::pkg::util::intstr::IntOrString,
 };
 use weft_core::{
-    NamespacedName, Service, WorkloadUid,
-    service::{AppProtocol, Endpoint, ServicePort},
+    NamespacedName, Service, Workload, WorkloadUid,
+    service::{AppProtocol, Endpoint, PacketPort, ServicePort},
 };
 
-use super::{Good, Index, pods::Draft};
+use super::{Good, Index, lookup::Lookup, pods::Draft};
 
 /// A Service and the Pods behind it, ready or not.
 #[derive(Debug)]
@@ -27,7 +27,7 @@ pub(super) struct Known {
 }
 
 /// All Services of the mesh's kind (none of type ExternalName).
-pub(super) fn collect(index: &Index, pods: &[Draft]) -> BTreeMap<NamespacedName, Known> {
+pub(super) fn collect(index: &Index, pods: &[Draft], lookup: &Lookup<'_>) -> BTreeMap<NamespacedName, Known> {
     let mut slices: BTreeMap<(&str, &str), Vec<&EndpointSlice>> = BTreeMap::new();
     for (key, good) in index.good() {
         if let Good::Slice(slice) = good
@@ -45,17 +45,16 @@ pub(super) fn collect(index: &Index, pods: &[Draft]) -> BTreeMap<NamespacedName,
             continue;
         }
         let name = NamespacedName::new(&key.namespace, &key.name);
-        let ports: Vec<ObjectPort> = (spec.ports.clone().unwrap_or_default().into_iter())
-            .filter(|p| p.protocol.as_deref().is_none_or(|p| p == "TCP") && port(p.port).is_some())
-            .collect();
+        let ports: Vec<ObjectPort> =
+            spec.ports.clone().unwrap_or_default().into_iter().filter(|p| port(p.port).is_some()).collect();
         let (endpoints, behind) = match slices.get(&(key.namespace.as_str(), key.name.as_str())) {
-            Some(slices) => from_slices(slices, &ports, pods, &key.namespace),
-            None => from_selector(object, &ports, pods, &key.namespace),
+            Some(slices) => from_slices(slices, &ports, pods, lookup, &key.namespace),
+            None => from_selector(object, &ports, pods, lookup, &key.namespace),
         };
         let service = Service {
             name: name.clone(),
             addresses: cluster_addresses(object),
-            ports: ports.iter().filter_map(service_port).collect(),
+            ports: ports.iter().filter(|p| protocol(p) == Some(TCP)).filter_map(service_port).collect(),
             endpoints,
         };
         services.insert(name, Known { service, pods: behind });
@@ -63,8 +62,47 @@ pub(super) fn collect(index: &Index, pods: &[Draft]) -> BTreeMap<NamespacedName,
     services
 }
 
+const TCP: u8 = 6;
+
 fn port(number: i32) -> Option<u16> {
     u16::try_from(number).ok().filter(|p| *p > 0)
+}
+
+/// The IP protocol of a port; `None` for one that Kubernetes does not know.
+fn protocol(port: &ObjectPort) -> Option<u8> {
+    match port.protocol.as_deref() {
+        None | Some("TCP") => Some(TCP),
+        Some("UDP") => Some(17),
+        Some("SCTP") => Some(132),
+        Some(_) => None,
+    }
+}
+
+/// Where the ports of a Service lead at an endpoint: those of TCP, and the others.
+fn at_endpoint(
+    ports: &[ObjectPort],
+    target: impl Fn(&ObjectPort) -> Option<u16>,
+) -> (BTreeMap<u16, u16>, Vec<PacketPort>) {
+    let (mut tcp, mut packets) = (BTreeMap::new(), Vec::new());
+    for p in ports {
+        let (Some(protocol), Some(port), Some(target)) = (protocol(p), port(p.port), target(p)) else {
+            continue;
+        };
+        if protocol == TCP {
+            tcp.insert(port, target);
+        } else {
+            packets.push(PacketPort { protocol, port, target });
+        }
+    }
+    (tcp, packets)
+}
+
+fn target_port(p: &ObjectPort, pod: &Workload) -> Option<u16> {
+    match &p.target_port {
+        None => port(p.port),
+        Some(IntOrString::Int(number)) => port(*number),
+        Some(IntOrString::String(name)) => pod.named_ports.get(name).copied(),
+    }
 }
 
 fn service_port(p: &ObjectPort) -> Option<ServicePort> {
@@ -91,6 +129,7 @@ fn from_selector(
     object: &Object,
     ports: &[ObjectPort],
     pods: &[Draft],
+    lookup: &Lookup<'_>,
     namespace: &str,
 ) -> (Vec<Endpoint>, BTreeSet<WorkloadUid>) {
     let spec = object.spec.clone().unwrap_or_default();
@@ -102,29 +141,20 @@ fn from_selector(
         return (endpoints, behind);
     }
     let families = cluster_addresses(object);
-    for pod in pods {
-        let w = &pod.workload;
-        if *w.name.namespace != *namespace || !selector.iter().all(|(k, v)| w.labels.get(k) == Some(v)) {
+    for pod in lookup.candidates(namespace, &selector).iter().filter_map(|number| pods.get(*number)) {
+        let w = &pod.template;
+        if !selector.iter().all(|(k, v)| w.labels.get(k) == Some(v)) {
             continue;
         }
         behind.insert(w.uid.clone());
-        let at_pod: BTreeMap<u16, u16> = (ports.iter())
-            .filter_map(|p| {
-                let own = port(p.port)?;
-                let target = match &p.target_port {
-                    None => own,
-                    Some(IntOrString::Int(number)) => port(*number)?,
-                    Some(IntOrString::String(name)) => *w.named_ports.get(name)?,
-                };
-                Some((own, target))
-            })
-            .collect();
-        for address in &w.addresses {
+        let (at_pod, packet_ports) = at_endpoint(ports, |p| target_port(p, w));
+        for address in &pod.addresses {
             // A Service of one family has endpoints of that family.
             if families.is_empty() || families.iter().any(|f| f.is_ipv4() == address.is_ipv4()) {
                 endpoints.push(Endpoint {
                     address: *address,
                     ports: at_pod.clone(),
+                    packet_ports: packet_ports.clone(),
                     workload: Some(w.uid.clone()),
                     ready: pod.ready || spec.publish_not_ready_addresses == Some(true),
                 });
@@ -139,35 +169,40 @@ fn from_slices(
     slices: &[&EndpointSlice],
     ports: &[ObjectPort],
     pods: &[Draft],
+    lookup: &Lookup<'_>,
     namespace: &str,
 ) -> (Vec<Endpoint>, BTreeSet<WorkloadUid>) {
     let mut endpoints: BTreeMap<IpAddr, Endpoint> = BTreeMap::new();
     for slice in slices {
-        let at_pod: BTreeMap<u16, u16> = (slice.ports.iter().flatten())
-            .filter(|p| p.protocol.as_deref().is_none_or(|p| p == "TCP"))
-            .filter_map(|sliced| {
-                let name = sliced.name.as_deref().unwrap_or_default();
-                let own = ports.iter().find(|p| p.name.as_deref().unwrap_or_default() == name)?;
-                Some((port(own.port)?, port(sliced.port?)?))
-            })
-            .collect();
+        let (at_pod, packet_ports) = at_endpoint(ports, |own| {
+            let name = |name: &Option<String>| name.clone().unwrap_or_default();
+            let protocol = |protocol: &Option<String>| protocol.clone().unwrap_or_else(|| "TCP".to_owned());
+            let sliced = slice.ports.iter().flatten().find(|p| {
+                name(&p.name) == name(&own.name) && protocol(&p.protocol) == protocol(&own.protocol)
+            })?;
+            port(sliced.port?)
+        });
         for e in &slice.endpoints {
             let ready = e.conditions.as_ref().and_then(|c| c.ready).unwrap_or(true);
             for address in e.addresses.iter().filter_map(|a| super::address(a)) {
                 let target = e.target_ref.as_ref().filter(|t| t.kind.as_deref() == Some("Pod"));
-                let workload = pods.iter().map(|p| &p.workload).find(|w| {
-                    w.addresses.contains(&address)
-                        && *w.name.namespace == *namespace
-                        && target.and_then(|t| t.name.as_deref()).is_none_or(|n| *w.name.name == *n)
-                });
+                let workload =
+                    lookup.at(address).and_then(|n| pods.get(n)).map(|p| &p.template).filter(|w| {
+                        *w.name.namespace == *namespace
+                            && target.and_then(|t| t.name.as_deref()).is_none_or(|n| *w.name.name == *n)
+                    });
                 let endpoint = endpoints.entry(address).or_insert_with(|| Endpoint {
                     address,
                     ports: BTreeMap::new(),
+                    packet_ports: Vec::new(),
                     workload: workload.map(|w| w.uid.clone()),
                     ready,
                 });
                 endpoint.ready |= ready;
                 endpoint.ports.extend(&at_pod);
+                endpoint.packet_ports.extend(&packet_ports);
+                endpoint.packet_ports.sort_unstable();
+                endpoint.packet_ports.dedup();
             }
         }
     }

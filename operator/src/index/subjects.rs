@@ -1,11 +1,15 @@
 //! Numbers for policy subjects.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{HashMap, HashSet, hash_map::Entry};
 
 use sha2::{Digest, Sha256};
-use weft_core::{SubjectId, Workload, policy::PortRef};
+use weft_core::{
+    NamespacedName, SpiffeId, SubjectId,
+    policy::PortRef,
+    workload::{FailMode, Mode},
+};
 
-use super::{Index, pods::Draft};
+use super::{Good, Index, pods::Draft};
 
 /// Numbers above this one are left to classes of addresses outside the mesh.
 const LAST: u32 = 0x7fff_ffff;
@@ -15,35 +19,95 @@ const LAST: u32 = 0x7fff_ffff;
 /// A subject is everything by which verdicts can differ: the SPIFFE id, the policies that select the Pod, its modes,
 /// and the ports that those policies call by name.
 pub(super) fn number(pods: &mut [Draft], index: &Index) {
-    let names: Vec<String> = pods.iter().map(|p| describe(&p.workload, index)).collect();
-    let wanted: BTreeMap<(u32, &str), ()> = names.iter().map(|n| ((hash(n), n.as_str()), ())).collect();
-    let mut taken = HashSet::new();
-    let mut numbers: HashMap<&str, SubjectId> = HashMap::new();
-    for (number, name) in wanted.into_keys() {
+    let called = called_ports(index);
+    let mut places: HashMap<Parts<'_>, usize> = HashMap::new();
+    // Written out and hashed once per subject, not per Pod.
+    let mut wanted: Vec<(u32, String, usize)> = Vec::new();
+    let of_pods: Vec<usize> = (pods.iter())
+        .map(|pod| match places.entry(Parts::of(pod, &called)) {
+            Entry::Occupied(known) => *known.get(),
+            Entry::Vacant(new) => {
+                let (text, place) = (new.key().describe(), wanted.len());
+                wanted.push((hash(&text), text, place));
+                *new.insert(place)
+            }
+        })
+        .collect();
+    drop(places);
+    wanted.sort();
+    let mut numbers = vec![SubjectId::UNKNOWN; wanted.len()];
+    let mut taken = HashSet::with_capacity(wanted.len());
+    for (number, _, place) in wanted {
         let mut number = number;
         while !taken.insert(number) {
             number = if number == LAST { SubjectId::FIRST } else { number + 1 };
         }
-        numbers.insert(name, SubjectId(number));
+        if let Some(subject) = numbers.get_mut(place) {
+            *subject = SubjectId(number);
+        }
     }
-    for (pod, name) in pods.iter_mut().zip(&names) {
-        pod.workload.subject = numbers.get(name.as_str()).copied().unwrap_or_default();
+    for (pod, place) in pods.iter_mut().zip(of_pods) {
+        pod.subject = numbers.get(place).copied().unwrap_or(SubjectId::UNKNOWN);
     }
 }
 
-fn describe(w: &Workload, index: &Index) -> String {
-    let mut text = format!("{}\n{:?}\n{:?}\n", w.identity, w.mode, w.fail_mode);
-    for name in &w.policies {
-        text.push_str(&format!("{name}\n"));
-        for rule in index.policy(name).into_iter().flat_map(|p| &p.rules) {
-            for port in &rule.ports {
-                if let PortRef::Name(port) = port {
-                    text.push_str(&format!("  {port}={:?}\n", w.named_ports.get(port)));
+/// The policies that call ports by name, which few do, and those names.
+fn called_ports(index: &Index) -> HashMap<&NamespacedName, Vec<&str>> {
+    let mut called = HashMap::new();
+    for (_, good) in index.good() {
+        let Good::Policy(policy, _) = good else { continue };
+        let names = policy.rules.iter().flat_map(|rule| &rule.ports).filter_map(|port| match port {
+            PortRef::Name(name) => Some(&**name),
+            _ => None,
+        });
+        let names: Vec<&str> = names.collect();
+        if !names.is_empty() {
+            called.insert(&policy.name, names);
+        }
+    }
+    called
+}
+
+/// What makes a subject.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct Parts<'a> {
+    identity: &'a SpiffeId,
+    mode: Mode,
+    fail_mode: FailMode,
+    policies: &'a [NamespacedName],
+    /// Ports that a policy calls by name: the policy's place among `policies`, the name, the number.
+    ports: Vec<(usize, &'a str, Option<u16>)>,
+}
+
+impl<'a> Parts<'a> {
+    fn of(pod: &'a Draft, called: &HashMap<&NamespacedName, Vec<&'a str>>) -> Self {
+        let mut ports = Vec::new();
+        if !called.is_empty() {
+            for (place, name) in pod.policies.iter().enumerate() {
+                for port in called.get(name).into_iter().flatten() {
+                    ports.push((place, *port, pod.template.named_ports.get(*port).copied()));
                 }
             }
         }
+        Self {
+            identity: &pod.template.identity,
+            mode: pod.mode,
+            fail_mode: pod.fail_mode,
+            policies: &pod.policies,
+            ports,
+        }
     }
-    text
+
+    fn describe(&self) -> String {
+        let mut text = format!("{}\n{:?}\n{:?}\n", self.identity, self.mode, self.fail_mode);
+        for (place, name) in self.policies.iter().enumerate() {
+            text.push_str(&format!("{name}\n"));
+            for (_, port, number) in self.ports.iter().filter(|(of, ..)| *of == place) {
+                text.push_str(&format!("  {port}={number:?}\n"));
+            }
+        }
+        text
+    }
 }
 
 fn hash(text: &str) -> u32 {

@@ -1,3 +1,5 @@
+use weft_core::NamespacedName;
+
 use super::*;
 use crate::objects;
 
@@ -8,7 +10,7 @@ fn index(text: &str) -> Index {
     index
 }
 
-fn apply(index: &mut Index, text: &str) -> Vec<String> {
+pub(super) fn apply(index: &mut Index, text: &str) -> Vec<String> {
     let change = |d| match d {
         Ok(document) => Change::Apply(document),
         Err(objects::BadDocument { key: Some(key), generation, message, target_refs, .. }) => {
@@ -57,6 +59,38 @@ fn policy(name: &str, spec: &str) -> String {
 
 const SERVICE: &str = "---\napiVersion: v1\nkind: Service\nmetadata: {name: web, namespace: shop}\nspec:\n  clusterIP: 10.96.0.10\n  selector: {app: web}\n  ports: [{name: http, port: 80, targetPort: main}, {name: dns, port: 53, protocol: UDP}]\n";
 const ROUTE: &str = "---\napiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {name: web, namespace: shop}\nspec:\n  parentRefs: [{group: \"\", kind: Service, name: web}]\n  rules: [{backendRefs: [{name: web, port: 80}]}]\n";
+
+#[test]
+fn the_settings_tell_every_namespace() {
+    let mut index = index("---\n{apiVersion: v1, kind: Namespace, metadata: {name: outside}}\n");
+    apply(&mut index, &namespace("weft.mesh/mode: permissive, weft.mesh/fail-mode: open"));
+    let bad =
+        "---\n{apiVersion: v1, kind: Namespace, metadata: {name: typo, labels: {weft.mesh/mode: strct}}}\n";
+    assert_eq!(apply(&mut index, bad).len(), 1);
+    let output = index.build();
+    let Some(Resource::Config(config)) = output.resources.get(&ResourceKey::Config) else {
+        panic!("no settings")
+    };
+    let found: Vec<_> = config.namespaces.iter().map(|(n, m)| (&**n, m.mode, m.fail_mode)).collect();
+    let expected = [
+        ("outside", Mode::Disabled, FailMode::Closed),
+        ("shop", Mode::Permissive, FailMode::Open),
+        ("typo", Mode::Strict, FailMode::Closed),
+    ];
+    assert_eq!(found, expected);
+}
+
+#[test]
+fn a_route_says_which_of_its_parents_is_missing() {
+    let parents =
+        "parentRefs: [{group: \"\", kind: Service, name: gone}, {group: \"\", kind: Service, name: web}]";
+    let route = ROUTE.replace("parentRefs: [{group: \"\", kind: Service, name: web}]", parents);
+    let output = index(&format!("{SERVICE}{route}")).build();
+    let report = report(&output, Kind::HttpRoute, "web");
+    assert!(report.accepted.ok, "{report:?}");
+    assert_eq!(report.parents.keys().collect::<Vec<_>>(), [&0]);
+    assert_eq!(report.parents[&0].reason, "NoMatchingParent");
+}
 
 #[test]
 fn a_pod_becomes_a_workload() {
@@ -108,12 +142,15 @@ fn endpoints_come_from_the_selector_or_from_slices() {
     assert_eq!(s.ports.len(), 1, "only TCP ports are listed");
     assert_eq!(s.endpoints.len(), 1);
     assert_eq!(s.endpoints[0].ports, BTreeMap::from([(80, 8080)]));
+    let packets = |target| vec![weft_core::service::PacketPort { protocol: 17, port: 53, target }];
+    assert_eq!(s.endpoints[0].packet_ports, packets(53));
     assert!(s.endpoints[0].ready);
-    let slice = "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\naddressType: IPv4\nmetadata: {name: web-x, namespace: shop, labels: {kubernetes.io/service-name: web}}\nendpoints: [{addresses: [10.1.0.6], conditions: {ready: false}}]\nports: [{name: http, port: 9090}]\n";
+    let slice = "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\naddressType: IPv4\nmetadata: {name: web-x, namespace: shop, labels: {kubernetes.io/service-name: web}}\nendpoints: [{addresses: [10.1.0.6], conditions: {ready: false}}]\nports: [{name: http, port: 9090}, {name: dns, port: 5353, protocol: UDP}]\n";
     assert!(apply(&mut index, slice).is_empty());
     let output = index.build();
     let e = &service(&output, "web").endpoints;
     assert_eq!((e.len(), e[0].ready, e[0].ports[&80]), (1, false, 9090));
+    assert_eq!(e[0].packet_ports, packets(5353));
     assert_eq!(e[0].workload.as_ref().map(ToString::to_string).as_deref(), Some("other-uid"));
 }
 
@@ -130,7 +167,7 @@ fn a_route_makes_its_port_http() {
 
 #[test]
 fn references_are_judged_anew_when_services_change() {
-    let index = index(
+    let mut index = index(
         &(SERVICE.to_owned() + &ROUTE.replace("backendRefs: [{name: web", "backendRefs: [{name: gone")),
     );
     let resolved = report(&index.build(), Kind::HttpRoute, "web").resolved.clone().unwrap();
@@ -172,7 +209,7 @@ fn subjects_differ_where_verdicts_can() {
     assert_eq!(subject(&output, "a"), subject(&output, "b"));
     assert_ne!(subject(&output, "a"), subject(&output, "c"));
     // The same for an operator that read the same in another order.
-    let other = self::index(
+    let mut other = self::index(
         &(policy("p", "targetRefs: [{kind: Pod, selector: {matchLabels: {app: web}}}]")
             + &pod("c", "app: x", "10.1.0.7")
             + &pod("a", "app: web", "10.1.0.5")),
@@ -239,9 +276,9 @@ fn ranges_and_trust_domain() {
 
 #[test]
 fn a_mesh_config_says_what_has_no_effect_yet() {
-    let mesh = "apiVersion: weft.mesh/v1alpha1\nkind: MeshConfig\nmetadata: {name: default}\nspec: {telemetry: {accessLog: All}}";
+    let mesh = "apiVersion: weft.mesh/v1alpha1\nkind: MeshConfig\nmetadata: {name: default}\nspec: {telemetry: {accessLog: All, metricsCompat: [Istio]}}";
     let output = index(mesh).build();
     let accepted = &report(&output, Kind::MeshConfig, "default").accepted;
     assert!(accepted.ok && accepted.message.contains("have no effect in this version"), "{accepted:?}");
-    assert!(accepted.message.ends_with("this object sets spec.telemetry.accessLog"), "{accepted:?}");
+    assert!(accepted.message.ends_with("this object sets spec.telemetry.metricsCompat"), "{accepted:?}");
 }

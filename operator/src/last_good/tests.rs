@@ -52,7 +52,7 @@ impl Fixture {
         let (last_good, kept) = LastGood::open(&self.dir()).unwrap();
         let controller = Controller {
             index: Index::new(TrustDomain::new("cluster.local").unwrap()),
-            last_good,
+            last_good: Some(last_good),
             distribution: Arc::new(Distribution::new()),
             metrics: Metrics::new(&mut prometheus_client::registry::Registry::default()),
             overview: watch::channel(Arc::new(Overview::default())).0,
@@ -71,7 +71,7 @@ impl Operator {
     }
 
     fn resource(&self, key: &ResourceKey) -> Option<Resource> {
-        self.controller.distribution.current().unwrap().resources.get(key).cloned()
+        self.controller.distribution.current().unwrap().resources.get(key).map(|p| p.resource.clone())
     }
 
     fn action(&self) -> Option<Action> {
@@ -83,7 +83,7 @@ impl Operator {
 
     fn pod(&self, name: &str) -> Arc<Workload> {
         let snapshot = self.controller.distribution.current().unwrap();
-        let pod = snapshot.resources.values().find_map(|r| match r {
+        let pod = snapshot.resources.values().find_map(|p| match &p.resource {
             Resource::Workload(w) if *w.name.name == *name => Some(Arc::clone(w)),
             _ => None,
         });

@@ -345,6 +345,11 @@ impl Folder {
                 file.documents.entry(key).or_insert(Parsed::Kept);
             }
         }
+        // No object carries what is wrong, and none of an earlier form goes on.
+        if let Some(message) = file.unreadable.as_mut().filter(|_| file.documents.is_empty()) {
+            *message =
+                format!("nothing of this file is enforced: {message}; correct the file and save it again");
+        }
         self.files.insert(name.to_owned(), file);
     }
 

@@ -34,7 +34,7 @@ fn conditions_follow_acks() {
     let (overview, _) = watch::channel(Arc::new(Overview::default()));
     let mut controller = Controller {
         index: Index::new(weft_core::TrustDomain::new("cluster.local").unwrap()),
-        last_good: LastGood::open(&dir.path().join("last-good")).unwrap().0,
+        last_good: Some(LastGood::open(&dir.path().join("last-good")).unwrap().0),
         distribution: Arc::clone(&distribution),
         metrics: Metrics::new(&mut prometheus_client::registry::Registry::default()),
         overview,

@@ -76,6 +76,34 @@ fn text_that_cannot_be_read_takes_nothing_away() {
 }
 
 #[test]
+fn a_new_file_without_any_usable_object_says_that_nothing_of_it_is_enforced() {
+    let mut f = Fixture::new();
+    f.write("a.yaml", GOOD);
+    let policy = "apiVersion: weft.mesh/v1alpha1\nkind: AuthorisationPolicy\nmetadata: {name: p, namespace: shop}\nspec: {}\n";
+    f.write("misspelt.yaml", policy);
+    f.write("torn.yaml", ": : [broken");
+    let batch = f.read().unwrap();
+    assert_eq!(summary(&batch), ["a.yaml +Namespace shop"]);
+    for (file, why) in [
+        ("misspelt.yaml", "weft.mesh has no kind \"AuthorisationPolicy\"; write AuthorizationPolicy"),
+        ("torn.yaml", "the document at line 1: "),
+    ] {
+        let message = &batch.unreadable[file];
+        assert!(
+            message.starts_with("nothing of this file is enforced: the document at line 1: "),
+            "{message}"
+        );
+        assert!(message.contains(why), "{message}");
+        assert!(message.ends_with("; correct the file and save it again"), "{message}");
+    }
+    // Where one of its objects is good, that one is.
+    f.write("misspelt.yaml", &format!("{policy}---\n{}", GOOD.replace("shop", "other")));
+    let batch = f.read().unwrap();
+    assert_eq!(summary(&batch), ["misspelt.yaml +Namespace other"]);
+    assert!(batch.unreadable["misspelt.yaml"].starts_with("the document at line 1: "), "{batch:?}");
+}
+
+#[test]
 fn an_object_in_two_files_counts_once() {
     let mut f = Fixture::new();
     f.write("a.yaml", GOOD);

@@ -1,0 +1,314 @@
+//! The CA that signs now, and the roots that are trusted: more than one while a root is replaced.
+//!
+//! A new root is trusted everywhere before anything is signed with it, and an old one until the last certificate that
+//! it signed has expired, so that no handshake is refused in between.
+
+use std::{
+    collections::BTreeMap,
+    fmt,
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use base64::{Engine, engine::general_purpose::STANDARD};
+use parking_lot::Mutex;
+use rustls_pki_types::{CertificateDer, pem::PemObject};
+use sha2::{Digest, Sha256};
+use tokio::sync::watch;
+use weft_identity::ca::{CaError, EmbeddedCa, MAX_SVID_LIFETIME};
+use zeroize::Zeroizing;
+
+/// How long a new root is only trusted before it signs. A ConfigMap reaches the nodes within a kubelet's sync period
+/// and its cache's life, a minute each.
+pub const PROPAGATION: Duration = Duration::from_secs(150);
+/// Most old roots that are kept.
+const MAX_RETIRED: usize = 8;
+
+/// The authority of the mesh.
+pub struct Authority {
+    propagation: Duration,
+    state: Mutex<State>,
+    current: watch::Sender<Arc<EmbeddedCa>>,
+}
+
+struct State {
+    /// As it was given: its own certificate, and the roots that came with it.
+    signer: EmbeddedCa,
+    next: Option<(EmbeddedCa, SystemTime)>,
+    /// Roots that have signed, and until when they are trusted.
+    retired: Vec<(CertificateDer<'static>, SystemTime)>,
+}
+
+/// The roots in the form in which they are published.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Bundle {
+    /// All roots, the signing one first.
+    pub pem: String,
+    /// When a root goes (seconds of Unix time), by the SHA-256 of its certificate in hex. A root without an entry stays.
+    pub retire_at: BTreeMap<String, u64>,
+}
+
+/// What became of an offered CA.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Offered {
+    /// It is the one that signs, or the one that is about to.
+    Known,
+    /// It is trusted now, and signs after the propagation.
+    Staged,
+}
+
+impl Authority {
+    /// With a CA that signs from now on. `propagation` is [`PROPAGATION`] but in tests.
+    pub fn new(ca: EmbeddedCa, propagation: Duration) -> Result<Self, CaError> {
+        let state = State { signer: ca, next: None, retired: Vec::new() };
+        let current = watch::Sender::new(Arc::new(state.publish()?));
+        Ok(Self { propagation, state: Mutex::new(state), current })
+    }
+
+    /// The CA that signs; its roots are all that are trusted.
+    pub fn ca(&self) -> Arc<EmbeddedCa> {
+        Arc::clone(&self.current.borrow())
+    }
+
+    /// Follows [`Self::ca`].
+    pub fn subscribe(&self) -> watch::Receiver<Arc<EmbeddedCa>> {
+        self.current.subscribe()
+    }
+
+    /// Takes the CA that shall sign in the future.
+    ///
+    /// # Errors
+    /// When the roots cannot be put together; nothing changes then.
+    pub fn offer(&self, ca: EmbeddedCa, now: SystemTime) -> Result<Offered, CaError> {
+        let mut state = self.state.lock();
+        let mut outcome = Offered::Known;
+        if own(&ca) == own(&state.signer) {
+            // The roots beside it may be others. A successor that was taken back has signed nothing here, but perhaps
+            // at another replica.
+            let taken_back = state.next.take();
+            state.retire(taken_back.as_ref().map(|(next, _)| next), now);
+            state.signer = ca;
+        } else if let Some((next, _)) = state.next.as_mut().filter(|(next, _)| own(next) == own(&ca)) {
+            *next = ca;
+        } else {
+            let replaced = state.next.replace((ca, now));
+            state.retire(replaced.as_ref().map(|(next, _)| next), now);
+            outcome = Offered::Staged;
+        }
+        self.publish(&state)?;
+        Ok(outcome)
+    }
+
+    /// Takes what an earlier process or another replica published.
+    ///
+    /// # Errors
+    /// When the roots cannot be put together.
+    pub fn adopt(&self, bundle: &Bundle, now: SystemTime) -> Result<(), CaError> {
+        let mut state = self.state.lock();
+        let trusted = state.roots();
+        for root in CertificateDer::pem_slice_iter(bundle.pem.as_bytes()).filter_map(Result::ok) {
+            // One that is no root would make the whole bundle useless to those who get it.
+            let usable = webpki::anchor_from_trusted_cert(&root).is_ok();
+            if !usable || trusted.contains(&root) || state.retired.len() >= MAX_RETIRED {
+                continue;
+            }
+            let until = match bundle.retire_at.get(&fingerprint(&root)) {
+                Some(seconds) => UNIX_EPOCH + Duration::from_secs(*seconds),
+                None => now + MAX_SVID_LIFETIME,
+            };
+            if until > now {
+                state.retired.push((root, until));
+            }
+        }
+        self.publish(&state)
+    }
+
+    /// Lets time do its work: a successor that is known everywhere begins to sign, old roots go. True where the signer
+    /// changed.
+    ///
+    /// # Errors
+    /// When the roots cannot be put together.
+    pub fn tick(&self, now: SystemTime) -> Result<bool, CaError> {
+        let mut state = self.state.lock();
+        let due = |(_, since): &(EmbeddedCa, SystemTime)| {
+            now.duration_since(*since).is_ok_and(|age| age >= self.propagation)
+        };
+        let mut changed = false;
+        if state.next.as_ref().is_some_and(due)
+            && let Some((next, _)) = state.next.take()
+        {
+            let before = std::mem::replace(&mut state.signer, next);
+            state.retire(Some(&before), now);
+            changed = true;
+        }
+        state.retired.retain(|(_, until)| *until > now);
+        self.publish(&state)?;
+        Ok(changed)
+    }
+
+    /// What shall be published.
+    pub fn bundle(&self) -> Bundle {
+        let state = self.state.lock();
+        let keep: Vec<_> = state.lasting();
+        let retire_at = (state.retired.iter())
+            .filter(|(root, _)| !keep.contains(root))
+            .map(|(root, until)| {
+                let seconds = until.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+                (fingerprint(root), seconds)
+            })
+            .collect();
+        Bundle { pem: state.roots().iter().map(|c| pem("CERTIFICATE", c)).collect(), retire_at }
+    }
+
+    fn publish(&self, state: &State) -> Result<(), CaError> {
+        let new = state.publish()?;
+        self.current.send_if_modified(|current| {
+            let changed = current.roots() != new.roots();
+            if changed {
+                *current = Arc::new(new);
+            }
+            changed
+        });
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Authority {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Authority").field("ca", &self.ca()).finish_non_exhaustive()
+    }
+}
+
+impl State {
+    /// Roots that stay for now, the signing one first.
+    fn lasting(&self) -> Vec<CertificateDer<'static>> {
+        let next = self.next.iter().flat_map(|(next, _)| next.roots());
+        unique(self.signer.roots().into_iter().chain(next))
+    }
+
+    fn roots(&self) -> Vec<CertificateDer<'static>> {
+        unique(self.lasting().into_iter().chain(self.retired.iter().map(|(root, _)| root.clone())))
+    }
+
+    fn retire(&mut self, ca: Option<&EmbeddedCa>, now: SystemTime) {
+        // All of its roots: with those beside the signing one others may have signed.
+        for root in ca.into_iter().flat_map(EmbeddedCa::roots) {
+            if !self.retired.iter().any(|(r, _)| *r == root) {
+                self.retired.push((root, now + MAX_SVID_LIFETIME));
+            }
+        }
+        let excess = self.retired.len().saturating_sub(MAX_RETIRED);
+        self.retired.drain(..excess);
+    }
+
+    /// The signer together with all roots.
+    fn publish(&self) -> Result<EmbeddedCa, CaError> {
+        let own = self.signer.to_pem();
+        let key = own.split("-----BEGIN CERTIFICATE-----").next().unwrap_or_default();
+        let roots: String = self.roots().iter().map(|c| pem("CERTIFICATE", c)).collect();
+        let mut whole = Zeroizing::new(String::with_capacity(key.len() + roots.len()));
+        whole.push_str(key);
+        whole.push_str(&roots);
+        EmbeddedCa::from_pem(&whole, self.signer.trust_domain().clone())
+    }
+}
+
+fn own(ca: &EmbeddedCa) -> Option<CertificateDer<'static>> {
+    ca.roots().into_iter().next()
+}
+
+fn unique(roots: impl Iterator<Item = CertificateDer<'static>>) -> Vec<CertificateDer<'static>> {
+    let mut all: Vec<CertificateDer<'static>> = Vec::new();
+    for root in roots {
+        if !all.contains(&root) {
+            all.push(root);
+        }
+    }
+    all
+}
+
+/// A certificate's SHA-256 in hex.
+fn fingerprint(certificate: &CertificateDer<'_>) -> String {
+    Sha256::digest(certificate).iter().map(|b| format!("{b:02x}")).collect()
+}
+
+/// PEM (RFC 7468) of some DER.
+pub(crate) fn pem(label: &str, der: &[u8]) -> String {
+    let encoded = Zeroizing::new(STANDARD.encode(der));
+    let mut text = String::with_capacity(encoded.len() + encoded.len() / 64 + 2 * label.len() + 40);
+    text.push_str(&format!("-----BEGIN {label}-----\n"));
+    let mut rest = encoded.as_str();
+    while !rest.is_empty() {
+        let (line, next) = rest.split_at(rest.len().min(64));
+        text.push_str(line);
+        text.push('\n');
+        rest = next;
+    }
+    text.push_str(&format!("-----END {label}-----\n"));
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use weft_core::TrustDomain;
+
+    use super::*;
+
+    fn ca() -> EmbeddedCa {
+        EmbeddedCa::generate(TrustDomain::new("cluster.local").unwrap()).unwrap()
+    }
+
+    fn copy(ca: &EmbeddedCa) -> EmbeddedCa {
+        EmbeddedCa::from_pem(&ca.to_pem(), ca.trust_domain().clone()).unwrap()
+    }
+
+    #[test]
+    fn a_new_root_is_trusted_first_and_the_old_one_lasts() {
+        let (old, new, wait) = (ca(), ca(), Duration::from_secs(100));
+        let (first, second) = (own(&old).unwrap(), own(&new).unwrap());
+        let authority = Authority::new(copy(&old), wait).unwrap();
+        let start = SystemTime::now();
+        assert_eq!(authority.offer(copy(&old), start).unwrap(), Offered::Known);
+        assert_eq!(authority.offer(copy(&new), start).unwrap(), Offered::Staged);
+        assert_eq!(authority.offer(copy(&new), start).unwrap(), Offered::Known);
+        assert_eq!(authority.ca().roots(), [first.clone(), second.clone()]);
+        assert!(authority.bundle().retire_at.is_empty());
+
+        assert!(!authority.tick(start + wait / 2).unwrap());
+        assert!(authority.tick(start + wait).unwrap());
+        assert_eq!(authority.ca().roots(), [second.clone(), first.clone()]);
+        let until = start + wait + MAX_SVID_LIFETIME;
+        assert_eq!(authority.bundle().retire_at.len(), 1);
+        assert!(!authority.tick(until - Duration::from_secs(1)).unwrap());
+        assert_eq!(authority.ca().roots().len(), 2);
+        authority.tick(until).unwrap();
+        assert_eq!(authority.ca().roots(), [second]);
+    }
+
+    #[test]
+    fn a_process_that_starts_after_the_change_still_trusts_the_old_root() {
+        let (old, new) = (ca(), ca());
+        let before = Authority::new(copy(&old), PROPAGATION).unwrap().bundle();
+        let authority = Authority::new(copy(&new), PROPAGATION).unwrap();
+        let now = SystemTime::now();
+        authority.adopt(&before, now).unwrap();
+        assert_eq!(authority.ca().roots(), [own(&new).unwrap(), own(&old).unwrap()]);
+        // What it publishes says when the old root goes, and a third process keeps to that.
+        let third = Authority::new(copy(&new), PROPAGATION).unwrap();
+        let later = now + MAX_SVID_LIFETIME / 2;
+        third.adopt(&authority.bundle(), later).unwrap();
+        third.tick(now + MAX_SVID_LIFETIME + Duration::from_secs(1)).unwrap();
+        assert_eq!(third.ca().roots().len(), 1);
+    }
+
+    #[test]
+    fn a_change_that_is_taken_back_changes_no_signer() {
+        let (old, new) = (ca(), ca());
+        let authority = Authority::new(copy(&old), PROPAGATION).unwrap();
+        let now = SystemTime::now();
+        authority.offer(copy(&new), now).unwrap();
+        authority.offer(copy(&old), now).unwrap();
+        assert!(!authority.tick(now + PROPAGATION).unwrap());
+        assert_eq!(authority.ca().roots(), [own(&old).unwrap(), own(&new).unwrap()]);
+    }
+}

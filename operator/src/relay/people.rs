@@ -1,0 +1,209 @@
+//! People's end of the relay: flows as Hubble's clients expect them, and the states of all agents.
+
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
+
+use futures_util::future::join_all;
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
+    time::{Instant, timeout},
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+use weft_proto::{
+    observer::{self, observer_server},
+    relay::NodeState,
+    weft_relay::{NodeStatus, Silent, StatusRequest, StatusResponse, mesh_server},
+};
+use weft_runtime::{DrainWatcher, Tasks};
+
+use super::{Relay, flows, status_of, viewers::Viewers};
+use crate::auth::{Refused, bearer};
+
+/// How long an agent may take to say how it is.
+const ANSWER: Duration = Duration::from_secs(5);
+/// Calls of people at one time.
+const MAX_CALLS: usize = 32;
+/// Answers that wait for a person.
+const QUEUE: usize = 64;
+
+/// Both services.
+#[derive(Debug, Clone)]
+pub struct People {
+    relay: Relay,
+    viewers: Arc<dyn Viewers>,
+    calls: Arc<Semaphore>,
+    tasks: Tasks,
+    drain: DrainWatcher,
+    started: Instant,
+}
+
+impl People {
+    /// Over the relay's agents.
+    pub fn new(relay: Relay, viewers: Arc<dyn Viewers>, tasks: Tasks, drain: DrainWatcher) -> Self {
+        let calls = Arc::new(Semaphore::new(MAX_CALLS));
+        Self { relay, viewers, calls, tasks, drain, started: Instant::now() }
+    }
+
+    /// Who may call, and a place for the call.
+    async fn enter<T: Sync>(&self, request: &Request<T>) -> Result<OwnedSemaphorePermit, Status> {
+        let outcome = match bearer(request.metadata()) {
+            Ok(token) => self.viewers.check(token).await,
+            Err(refused) => Err(refused),
+        };
+        outcome.map_err(|refused| {
+            tracing::warn!(peer = ?request.remote_addr(), "a person's call is refused: {refused}");
+            match refused {
+                Refused::Unavailable(why) => Status::unavailable(why),
+                other => Status::unauthenticated(other.to_string()),
+            }
+        })?;
+        Arc::clone(&self.calls)
+            .try_acquire_owned()
+            .map_err(|_| Status::resource_exhausted("the operator answers enough people already; try again"))
+    }
+
+    async fn states(&self) -> (Vec<NodeStatus>, Vec<Silent>) {
+        let asked = self.relay.agents().into_iter().map(|agent| async move {
+            let problem = match timeout(ANSWER, status_of(&agent)).await {
+                Ok(Ok(status)) => return Ok(status),
+                Ok(Err(why)) => why,
+                Err(_) => format!("its agent did not answer within {} s", ANSWER.as_secs()),
+            };
+            Err(Silent { node: agent.node.to_string(), problem })
+        });
+        let (mut nodes, mut silent) = (Vec::new(), Vec::new());
+        for outcome in join_all(asked).await {
+            match outcome {
+                Ok(status) => nodes.push(status),
+                Err(node) => silent.push(node),
+            }
+        }
+        (nodes, silent)
+    }
+}
+
+#[tonic::async_trait]
+impl mesh_server::Mesh for People {
+    async fn status(&self, request: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
+        let _permit = self.enter(&request).await?;
+        let (nodes, silent) = self.states().await;
+        Ok(Response::new(StatusResponse { nodes, silent }))
+    }
+}
+
+#[tonic::async_trait]
+impl observer_server::Observer for People {
+    type GetFlowsStream = ReceiverStream<Result<observer::GetFlowsResponse, Status>>;
+    type GetAgentEventsStream = ReceiverStream<Result<observer::GetAgentEventsResponse, Status>>;
+    type GetDebugEventsStream = ReceiverStream<Result<observer::GetDebugEventsResponse, Status>>;
+
+    async fn get_flows(
+        &self,
+        request: Request<observer::GetFlowsRequest>,
+    ) -> Result<Response<Self::GetFlowsStream>, Status> {
+        let permit = self.enter(&request).await?;
+        let request = request.into_inner();
+        if request.first && request.follow {
+            return Err(Status::invalid_argument("first cannot be used with follow"));
+        }
+        if request.number > flows::MAX_NUMBER {
+            return Err(Status::invalid_argument(format!(
+                "at most {} flows can be asked for; narrow it with since or a filter",
+                flows::MAX_NUMBER
+            )));
+        }
+        let (sender, receiver) = mpsc::channel(QUEUE);
+        let (relay, drain) = (self.relay.clone(), self.drain.clone());
+        self.tasks.spawn("flows for a person", async move {
+            let _permit = permit;
+            let last = sender.clone();
+            tokio::select! {
+                () = flows::answer(relay, request, sender) => {}
+                () = drain.draining() => {
+                    let _ = last.try_send(Err(Status::unavailable("the operator stops; try again")));
+                }
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(receiver)))
+    }
+
+    async fn get_agent_events(
+        &self,
+        _: Request<observer::GetAgentEventsRequest>,
+    ) -> Result<Response<Self::GetAgentEventsStream>, Status> {
+        Err(Status::unimplemented("there are no agent events; see the agents' logs and /metrics"))
+    }
+
+    async fn get_debug_events(
+        &self,
+        _: Request<observer::GetDebugEventsRequest>,
+    ) -> Result<Response<Self::GetDebugEventsStream>, Status> {
+        Err(Status::unimplemented("there are no debug events; start an agent with --bpf-log"))
+    }
+
+    async fn get_nodes(
+        &self,
+        request: Request<observer::GetNodesRequest>,
+    ) -> Result<Response<observer::GetNodesResponse>, Status> {
+        let _permit = self.enter(&request).await?;
+        let (states, silent) = self.states().await;
+        let mut nodes: Vec<_> = states
+            .into_iter()
+            .filter_map(|s| s.agent)
+            .map(|a| {
+                let flows = a.flows.unwrap_or_default();
+                observer::Node {
+                    name: a.node,
+                    version: a.agent_version,
+                    state: NodeState::NodeConnected.into(),
+                    num_flows: flows.held,
+                    max_flows: flows.capacity,
+                    seen_flows: flows.seen,
+                    ..Default::default()
+                }
+            })
+            .collect();
+        nodes.extend(silent.into_iter().map(|s| observer::Node {
+            name: s.node,
+            state: NodeState::NodeUnavailable.into(),
+            ..Default::default()
+        }));
+        Ok(Response::new(observer::GetNodesResponse { nodes }))
+    }
+
+    async fn get_namespaces(
+        &self,
+        request: Request<observer::GetNamespacesRequest>,
+    ) -> Result<Response<observer::GetNamespacesResponse>, Status> {
+        let _permit = self.enter(&request).await?;
+        let (states, _) = self.states().await;
+        let pods = states.into_iter().filter_map(|s| s.agent).flat_map(|a| a.pods);
+        let names: BTreeSet<String> = pods.map(|p| p.namespace).collect();
+        let namespace = |namespace| observer::Namespace { cluster: String::new(), namespace };
+        let namespaces = names.into_iter().map(namespace).collect();
+        Ok(Response::new(observer::GetNamespacesResponse { namespaces }))
+    }
+
+    async fn server_status(
+        &self,
+        request: Request<observer::ServerStatusRequest>,
+    ) -> Result<Response<observer::ServerStatusResponse>, Status> {
+        let _permit = self.enter(&request).await?;
+        let (states, silent) = self.states().await;
+        let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+        let mut answer = observer::ServerStatusResponse {
+            uptime_ns: u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX),
+            num_connected_nodes: Some(count(states.len())),
+            num_unavailable_nodes: Some(count(silent.len())),
+            unavailable_nodes: silent.into_iter().map(|s| s.node).collect(),
+            version: format!("weft-operator v{}", env!("CARGO_PKG_VERSION")),
+            ..Default::default()
+        };
+        for flows in states.into_iter().filter_map(|s| s.agent?.flows) {
+            answer.num_flows = answer.num_flows.saturating_add(flows.held);
+            answer.max_flows = answer.max_flows.saturating_add(flows.capacity);
+            answer.seen_flows = answer.seen_flows.saturating_add(flows.seen);
+        }
+        Ok(Response::new(answer))
+    }
+}

@@ -1,0 +1,327 @@
+#![expect(clippy::unwrap_used, reason = "tests")]
+
+use std::time::Duration;
+
+use futures_util::future::BoxFuture;
+use tokio::{net::TcpListener, sync::watch, time::timeout};
+use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
+use tonic::{
+    Code, Request, Streaming,
+    transport::{Channel, Endpoint, Server},
+};
+use weft_proto::{
+    agent::StatusResponse as AgentState,
+    flow::Flow,
+    observer::{
+        GetFlowsRequest, GetFlowsResponse, get_flows_response::ResponseTypes,
+        observer_client::ObserverClient, observer_server::ObserverServer,
+    },
+    relay::NodeState,
+    weft_relay::{
+        End, Hello, StatusRequest, mesh_client::MeshClient, mesh_server::MeshServer,
+        relay_client::RelayClient, relay_server::RelayServer,
+    },
+};
+use weft_runtime::{DrainTrigger, Tasks, drain};
+
+use super::{agents::RelayService, people::People, viewers::Viewers, *};
+use crate::{
+    auth::{Authenticator, Refused},
+    metrics::Metrics,
+};
+
+const WAIT: Duration = Duration::from_secs(20);
+
+/// The token is the node's name.
+#[derive(Debug)]
+struct Named;
+
+impl Authenticator for Named {
+    fn node<'a>(&'a self, token: &'a str) -> BoxFuture<'a, Result<String, Refused>> {
+        Box::pin(
+            async move { if token == "stranger" { Err(Refused::Invalid) } else { Ok(token.to_owned()) } },
+        )
+    }
+}
+
+impl Viewers for Named {
+    fn check<'a>(&'a self, token: &'a str) -> BoxFuture<'a, Result<(), Refused>> {
+        Box::pin(async move { if token == "viewer" { Ok(()) } else { Err(Refused::Invalid) } })
+    }
+}
+
+struct Fixture {
+    channel: Channel,
+    relay: Relay,
+    _trigger: DrainTrigger,
+}
+
+async fn start() -> Fixture {
+    let (trigger, drain) = drain::channel();
+    let (relay, tasks) = (Relay::default(), Tasks::new());
+    let metrics = Metrics::new(&mut prometheus_client::registry::Registry::default());
+    let service = RelayService {
+        relay: relay.clone(),
+        callers: Arc::new(Named),
+        metrics,
+        tasks: tasks.clone(),
+        drain: drain.clone(),
+    };
+    let people = People::new(relay.clone(), Arc::new(Named), tasks.clone(), drain);
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tasks.spawn("server", async move {
+        let served = Server::builder()
+            .add_service(RelayServer::new(service))
+            .add_service(ObserverServer::new(people.clone()))
+            .add_service(MeshServer::new(people))
+            .serve_with_incoming(TcpListenerStream::new(listener));
+        served.await.unwrap();
+    });
+    let channel = Endpoint::from_shared(format!("http://{address}")).unwrap().connect_lazy();
+    Fixture { channel, relay, _trigger: trigger }
+}
+
+fn with_token<T>(message: T, token: &str) -> Request<T> {
+    let mut request = Request::new(message);
+    request.metadata_mut().insert("authorization", format!("Bearer {token}").parse().unwrap());
+    request
+}
+
+/// An agent by hand.
+struct Hand {
+    out: mpsc::Sender<Answer>,
+    questions: Streaming<Question>,
+}
+
+impl Hand {
+    async fn question(&mut self) -> Question {
+        timeout(WAIT, self.questions.message()).await.unwrap().unwrap().unwrap()
+    }
+
+    async fn say(&self, id: u64, body: Body) {
+        self.out.send(Answer { id, answer: Some(body) }).await.unwrap();
+    }
+
+    async fn flows(&self, id: u64, node: &str, seconds: &[i64]) {
+        for second in seconds {
+            self.say(id, Body::Flow(flow(node, *second))).await;
+        }
+    }
+
+    async fn done(&self, id: u64) {
+        self.say(id, Body::End(End::default())).await;
+    }
+}
+
+impl Fixture {
+    async fn agent(&self, node: &str) -> Result<Hand, Status> {
+        let (out, receiver) = mpsc::channel(8);
+        let hello = Hello { agent_version: "test".into() };
+        out.send(Answer { id: 0, answer: Some(Body::Hello(hello)) }).await.unwrap();
+        let request = with_token(ReceiverStream::new(receiver), node);
+        let questions = RelayClient::new(self.channel.clone()).serve(request).await?.into_inner();
+        Ok(Hand { out, questions })
+    }
+
+    async fn ask(&self, request: GetFlowsRequest) -> Streaming<GetFlowsResponse> {
+        let mut client = ObserverClient::new(self.channel.clone());
+        client.get_flows(with_token(request, "viewer")).await.unwrap().into_inner()
+    }
+}
+
+fn flow(node: &str, seconds: i64) -> GetFlowsResponse {
+    let time = Some(prost_types(seconds));
+    GetFlowsResponse {
+        response_types: Some(ResponseTypes::Flow(Flow { time, ..Flow::default() })),
+        node_name: node.into(),
+        time,
+    }
+}
+
+fn prost_types(seconds: i64) -> ::prost_types::Timestamp {
+    ::prost_types::Timestamp { seconds, nanos: 0 }
+}
+
+async fn next(stream: &mut Streaming<GetFlowsResponse>) -> Option<GetFlowsResponse> {
+    timeout(WAIT, stream.message()).await.unwrap().unwrap()
+}
+
+/// Who said it and when; or the word about a node.
+fn told(answer: &GetFlowsResponse) -> (String, i64) {
+    match &answer.response_types {
+        Some(ResponseTypes::NodeStatus(s)) => {
+            (format!("{:?} {}: {}", s.state_change(), s.node_names.join(","), s.message), 0)
+        }
+        _ => (answer.node_name.clone(), answer.time.map_or(0, |t| t.seconds)),
+    }
+}
+
+#[tokio::test]
+async fn flows_of_all_nodes_come_in_the_order_of_time() {
+    let fixture = start().await;
+    let (mut a, mut b) = (fixture.agent("a").await.unwrap(), fixture.agent("b").await.unwrap());
+    let request = GetFlowsRequest { number: 3, ..GetFlowsRequest::default() };
+    let asked = fixture.ask(request.clone());
+    let answers = async {
+        let (qa, qb) = tokio::join!(a.question(), b.question());
+        let Some(Asked::Flows(flows)) = qa.question else { panic!("no question for flows") };
+        assert_eq!(flows.request, Some(request));
+        a.flows(qa.id, "a", &[1, 4, 6]).await;
+        b.flows(qb.id, "b", &[2, 3, 5]).await;
+        a.done(qa.id).await;
+        b.done(qb.id).await;
+    };
+    let (mut stream, ()) = tokio::join!(asked, answers);
+    let mut found = Vec::new();
+    while let Some(answer) = next(&mut stream).await {
+        found.push(told(&answer));
+    }
+    assert_eq!(found, [("a".into(), 4), ("b".into(), 5), ("a".into(), 6)]);
+}
+
+#[tokio::test]
+async fn a_node_that_went_away_is_named_and_the_others_answer() {
+    let fixture = start().await;
+    let (mut a, mut b) = (fixture.agent("a").await.unwrap(), fixture.agent("b").await.unwrap());
+    let asked = fixture.ask(GetFlowsRequest::default());
+    let answers = async {
+        let (_, qb) = tokio::join!(a.question(), b.question());
+        drop(a);
+        b.flows(qb.id, "b", &[1]).await;
+        b.done(qb.id).await;
+    };
+    let (mut stream, ()) = tokio::join!(asked, answers);
+    let first = told(&next(&mut stream).await.unwrap()).0;
+    assert!(first.starts_with("NodeUnavailable a: its agent went away"), "{first}");
+    assert_eq!(told(&next(&mut stream).await.unwrap()), ("b".into(), 1));
+    assert_eq!(next(&mut stream).await, None);
+}
+
+#[tokio::test]
+async fn an_agent_that_comes_later_is_followed() {
+    let fixture = start().await;
+    let mut stream = fixture.ask(GetFlowsRequest { follow: true, number: 5, ..Default::default() }).await;
+    let mut a = fixture.agent("a").await.unwrap();
+    let question = a.question().await;
+    let Some(Asked::Flows(flows)) = question.question else { panic!("no question for flows") };
+    assert_eq!(flows.request.unwrap().number, 0, "it is followed from now on");
+    let word = next(&mut stream).await.unwrap();
+    let Some(ResponseTypes::NodeStatus(status)) = word.response_types else { panic!("no word") };
+    assert_eq!(status.state_change(), NodeState::NodeConnected);
+    a.flows(question.id, "a", &[7]).await;
+    assert_eq!(told(&next(&mut stream).await.unwrap()), ("a".into(), 7));
+    // Nobody listens any more: the agent is told.
+    drop(stream);
+    let cancelled = a.question().await;
+    assert_eq!((cancelled.id, cancelled.question), (question.id, Some(Asked::Cancel(Cancel {}))));
+}
+
+#[tokio::test]
+async fn credit_comes_back_as_flows_are_taken() {
+    let fixture = start().await;
+    let mut a = fixture.agent("a").await.unwrap();
+    let asked = fixture.ask(GetFlowsRequest::default());
+    let (mut stream, question) = tokio::join!(asked, a.question());
+    let many: Vec<i64> = (0..i64::from(CREDIT)).collect();
+    let sending = async {
+        a.flows(question.id, "a", &many).await;
+        a.question().await
+    };
+    let taking = async {
+        for _ in 0..CREDIT {
+            next(&mut stream).await.unwrap();
+        }
+    };
+    let (credit, ()) = tokio::join!(sending, taking);
+    assert_eq!(credit.question, Some(Asked::Credit(Credit { count: RETURN })));
+}
+
+#[tokio::test]
+async fn more_than_the_credit_ends_the_stream() {
+    let relay = Relay::default();
+    let (joined, _questions) = relay.join("a");
+    let ask = joined.agent.ask(flows_question(GetFlowsRequest::default())).unwrap();
+    let answer = || Answer { id: ask.id, answer: Some(Body::Flow(flow("a", 1))) };
+    for _ in 0..=CREDIT {
+        joined.agent.answered(answer()).unwrap();
+    }
+    assert_eq!(joined.agent.answered(answer()).unwrap_err().code(), Code::ResourceExhausted);
+}
+
+#[tokio::test]
+async fn questions_are_bounded() {
+    let relay = Relay::default();
+    let (joined, _questions) = relay.join("a");
+    let ask = || joined.agent.ask(flows_question(GetFlowsRequest::default()));
+    let held: Vec<_> = (0..MAX_ASKED).map(|_| ask().unwrap()).collect();
+    assert_eq!(ask().unwrap_err(), Busy);
+    drop(held);
+    ask().unwrap();
+}
+
+#[tokio::test]
+async fn the_newest_stream_of_a_node_is_asked() {
+    let relay = Relay::default();
+    let (old, _a) = relay.join("a");
+    let (new, _b) = relay.join("a");
+    assert!(Arc::ptr_eq(&relay.agents()[0], &new.agent));
+    drop(new);
+    assert!(Arc::ptr_eq(&relay.agents()[0], &old.agent));
+    drop(old);
+    assert!(relay.agents().is_empty());
+}
+
+#[tokio::test]
+async fn states_are_told_and_silence_is_named() {
+    let fixture = start().await;
+    let (mut a, mut b) = (fixture.agent("a").await.unwrap(), fixture.agent("b").await.unwrap());
+    let mut client = MeshClient::new(fixture.channel.clone());
+    let asked = client.status(with_token(StatusRequest {}, "viewer"));
+    let answers = async {
+        let (qa, qb) = tokio::join!(a.question(), b.question());
+        let agent = Some(AgentState { node: "a".into(), ..AgentState::default() });
+        a.say(qa.id, Body::Status(NodeStatus { agent, clock: None, mtu: 1500 })).await;
+        a.done(qa.id).await;
+        b.say(qb.id, Body::End(End { code: Code::Internal.into(), message: "broken".into() })).await;
+    };
+    let (answer, ()) = tokio::join!(asked, answers);
+    let answer = answer.unwrap().into_inner();
+    assert_eq!(answer.nodes[0].mtu, 1500);
+    assert_eq!((answer.silent[0].node.as_str(), answer.silent[0].problem.as_str()), ("b", "broken"));
+}
+
+#[tokio::test]
+async fn strangers_are_refused_on_both_ends() {
+    let fixture = start().await;
+    assert_eq!(fixture.agent("stranger").await.err().unwrap().code(), Code::Unauthenticated);
+    let mut client = ObserverClient::new(fixture.channel.clone());
+    for request in [with_token(GetFlowsRequest::default(), "a"), Request::new(GetFlowsRequest::default())] {
+        assert_eq!(client.get_flows(request).await.unwrap_err().code(), Code::Unauthenticated);
+    }
+    assert!(fixture.relay.agents().is_empty());
+}
+
+#[tokio::test]
+async fn a_callers_own_fault_ends_the_call() {
+    let fixture = start().await;
+    let mut a = fixture.agent("a").await.unwrap();
+    let asked = fixture.ask(GetFlowsRequest::default());
+    let answers = async {
+        let question = a.question().await;
+        let end = End { code: Code::InvalidArgument.into(), message: "no regular expression".into() };
+        a.say(question.id, Body::End(end)).await;
+    };
+    let (mut stream, ()) = tokio::join!(asked, answers);
+    let error = timeout(WAIT, stream.message()).await.unwrap().unwrap_err();
+    assert_eq!((error.code(), error.message()), (Code::InvalidArgument, "no regular expression"));
+}
+
+#[test]
+fn changes_are_noticed() {
+    let relay = Relay::default();
+    let changes: watch::Receiver<u64> = relay.changes();
+    let (joined, _questions) = relay.join("a");
+    assert!(changes.has_changed().unwrap());
+    drop(joined);
+}

@@ -1,0 +1,17 @@
+//! The operator's Kubernetes side against a real API server (etcd and kube-apiserver).
+#![expect(clippy::unwrap_used, clippy::disallowed_methods, reason = "tests")]
+
+#[path = "apiserver/crds.rs"]
+mod crds;
+#[path = "apiserver/objects.rs"]
+mod objects;
+#[path = "apiserver/operator.rs"]
+mod operator;
+#[path = "apiserver/parts.rs"]
+mod parts;
+#[path = "apiserver/proxy.rs"]
+mod proxy;
+#[path = "apiserver/server.rs"]
+mod server;
+#[path = "apiserver/source.rs"]
+mod source;
