@@ -7,7 +7,7 @@ use std::{
 
 use tonic::transport::{Channel, Endpoint};
 
-use crate::{Failure, args::ServerArgs};
+use crate::{Failure, args::ServerArgs, cluster::Cluster};
 
 /// Where agents put their run folders.
 const RUN_DIR: &str = "/run/weft";
@@ -34,30 +34,30 @@ impl std::fmt::Display for Address {
     }
 }
 
-/// The agents that the arguments name, or every one of this machine.
-pub(crate) fn addresses(args: &ServerArgs) -> Result<Vec<Address>, Failure> {
-    let mut found = Vec::new();
+/// The agents that the arguments name, or every one of this machine; `None` where the cluster shall be asked.
+pub(crate) fn addresses(args: &ServerArgs) -> Result<Option<Vec<Address>>, Failure> {
     if args.servers.is_empty() {
-        found = sockets_in(Path::new(RUN_DIR));
-        if found.is_empty() {
-            return Err(Failure::Unable(format!(
-                "no agent here: nothing at {RUN_DIR}/*/{SOCKET}; name one with --server unix:PATH (or a folder)"
-            )));
+        if args.cluster.given() {
+            return Ok(None);
         }
+        let found = sockets_in(Path::new(RUN_DIR))?;
+        return Ok((!found.is_empty()).then_some(found));
     }
+    let mut found = Vec::new();
     for server in &args.servers {
         if server.starts_with("http://") {
             found.push(Address::Http(server.clone()));
             continue;
         }
         let path = Path::new(server.strip_prefix("unix:").unwrap_or(server));
+        let there = there(path)?;
         if path.is_dir() {
-            let sockets = sockets_in(path);
+            let sockets = sockets_in(path)?;
             if sockets.is_empty() {
                 return Err(Failure::Unable(format!("no agent's {SOCKET} in {}", path.display())));
             }
             found.extend(sockets);
-        } else if path.exists() || server.starts_with("unix:") {
+        } else if there || server.starts_with("unix:") {
             found.push(Address::Unix(path.into()));
         } else {
             return Err(Failure::Usage(format!(
@@ -67,16 +67,51 @@ pub(crate) fn addresses(args: &ServerArgs) -> Result<Vec<Address>, Failure> {
     }
     found.sort();
     found.dedup();
+    Ok(Some(found))
+}
+
+/// The cluster, where this machine has no agent.
+pub(crate) async fn cluster(args: &ServerArgs) -> Result<Cluster, Failure> {
+    Cluster::connect(&args.cluster).await.map_err(|e| match e {
+        Failure::Unable(why) if !args.cluster.given() => Failure::Unable(format!(
+            "no agent here: nothing at {RUN_DIR}/*/{SOCKET} (name one with --server unix:PATH), and {why}"
+        )),
+        other => other,
+    })
+}
+
+fn sockets_in(dir: &Path) -> Result<Vec<Address>, Failure> {
+    let mut found = Vec::new();
+    let mut take = |socket: PathBuf| -> Result<(), Failure> {
+        if there(&socket)? {
+            found.push(Address::Unix(socket));
+        }
+        Ok(())
+    };
+    take(dir.join(SOCKET))?;
+    match std::fs::read_dir(dir) {
+        Ok(entries) => {
+            for entry in entries.flatten().filter(|e| e.path().is_dir()) {
+                take(entry.path().join(SOCKET))?;
+            }
+        }
+        Err(e) if e.kind() == std::io::ErrorKind::PermissionDenied => return Err(denied(dir)),
+        Err(_) => {}
+    }
+    found.sort();
     Ok(found)
 }
 
-fn sockets_in(dir: &Path) -> Vec<Address> {
-    let own = dir.join(SOCKET);
-    let below = std::fs::read_dir(dir).into_iter().flatten().flatten().map(|e| e.path().join(SOCKET));
-    let mut found: Vec<_> =
-        std::iter::once(own).chain(below).filter(|p| p.exists()).map(Address::Unix).collect();
-    found.sort();
-    found
+/// Whether something is at a path; what may not be looked at is an error, not an absence.
+fn there(path: &Path) -> Result<bool, Failure> {
+    match path.try_exists() {
+        Err(e) if e.kind() == std::io::ErrorKind::PermissionDenied => Err(denied(path)),
+        other => Ok(other.unwrap_or(false)),
+    }
+}
+
+fn denied(path: &Path) -> Failure {
+    Failure::Unable(format!("{} is for root only: run this with sudo", path.display()))
 }
 
 /// Opens a channel to an agent.
@@ -124,7 +159,8 @@ fn source_of<'a>(mut e: &'a (dyn std::error::Error + 'static)) -> Option<&'a std
     }
 }
 
-fn chain(e: &dyn std::error::Error) -> String {
+/// An error with its causes.
+pub(crate) fn chain(e: &dyn std::error::Error) -> String {
     let mut text = e.to_string();
     let mut next = e.source();
     while let Some(e) = next {
@@ -149,7 +185,8 @@ mod tests {
             std::fs::write(dir.path().join(node).join(SOCKET), "").unwrap();
         }
         let servers = vec![dir.path().display().to_string(), "http://127.0.0.1:4244".into()];
-        let found = addresses(&ServerArgs { servers }).unwrap();
+        let args = |servers| ServerArgs { servers, ..ServerArgs::default() };
+        let found = addresses(&args(servers)).unwrap().unwrap();
         assert_eq!(
             found,
             [
@@ -158,7 +195,9 @@ mod tests {
                 Address::Http("http://127.0.0.1:4244".into()),
             ]
         );
-        let nothing = ServerArgs { servers: vec!["no-such-thing".into()] };
-        assert!(matches!(addresses(&nothing), Err(Failure::Usage(_))));
+        assert!(matches!(addresses(&args(vec!["no-such-thing".into()])), Err(Failure::Usage(_))));
+        let mut elsewhere = args(Vec::new());
+        elsewhere.cluster.context = Some("test".into());
+        assert_eq!(addresses(&elsewhere).unwrap(), None);
     }
 }

@@ -229,6 +229,11 @@ impl View {
     fn what(&self) -> String {
         let latency = when::latency(self.duration);
         match &self.http {
+            // It broke before there was a request that could be read.
+            Some(h) if h.method.is_empty() => {
+                let status = if h.status == 0 { String::new() } else { format!(" {}", h.status) };
+                format!("{} no request{status} {latency}", clean(&h.protocol))
+            }
             Some(h) => {
                 let path = h
                     .url

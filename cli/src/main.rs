@@ -3,11 +3,16 @@
 #![allow(clippy::print_stdout, reason = "this is a command: its output goes to stdout")]
 
 mod args;
+mod check;
+mod cluster;
 mod connect;
 mod format;
+mod install;
+mod mesh;
 mod observe;
 mod status;
 mod text;
+mod uninstall;
 mod when;
 
 use std::process::ExitCode;
@@ -51,6 +56,10 @@ fn main() -> ExitCode {
     };
     let outcome = runtime.block_on(async {
         match cli.command {
+            Command::Install(args) => install::run(&args),
+            Command::Upgrade(args) => install::upgrade(&args).await,
+            Command::Uninstall(args) => uninstall::run(&args).await,
+            Command::Check(args) => check::run(&args).await,
             Command::Status(args) => status::run(&args).await,
             Command::Observe(args) => observe::run(&args).await,
             Command::Completion { .. } => Ok(Outcome::Fine),

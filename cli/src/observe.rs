@@ -20,6 +20,7 @@ use crate::{
     args::{FlowOutput, ObserveArgs, ReporterArg, VerdictArg},
     connect::{self, Address},
     format::View,
+    mesh::Mesh,
     text::{self, Colour, clean},
     when,
 };
@@ -50,11 +51,25 @@ impl Item {
 /// Runs the command.
 pub(crate) async fn run(args: &ObserveArgs) -> Result<Outcome, Failure> {
     let request = request(args, SystemTime::now())?;
-    let addresses = connect::addresses(&args.server)?;
     let mut streams = StreamMap::new();
-    for address in &addresses {
-        let stream = open(address, request.clone()).await?;
-        streams.insert(address.to_string(), stream);
+    match connect::addresses(&args.server)? {
+        Some(addresses) => {
+            for address in &addresses {
+                let stream = open(address, request.clone()).await?;
+                streams.insert(place(address), stream);
+            }
+        }
+        None => {
+            let mesh = Mesh::open(&connect::cluster(&args.server).await?).await?;
+            for problem in &mesh.problems {
+                eprintln!("weft: {}", clean(problem));
+            }
+            for replica in &mesh.replicas {
+                let name = format!("the operator {}", replica.name);
+                let stream = replica.flows(request.clone()).await.map_err(|e| refused(&name, &e))?;
+                streams.insert(name, stream);
+            }
+        }
     }
     let mut printer =
         Printer { output: args.output, colour: text::colours(), header: false, widths: Vec::new() };
@@ -76,21 +91,31 @@ enum Stop {
     Failed(Failure),
 }
 
+fn place(address: &Address) -> String {
+    format!("the agent at {address}")
+}
+
 async fn open(address: &Address, request: GetFlowsRequest) -> Result<Streaming<GetFlowsResponse>, Failure> {
     let mut client = ObserverClient::new(connect::channel(address).await?);
-    let answer = client.get_flows(request).await.map_err(|e| refused(&address.to_string(), &e))?;
+    let answer = client.get_flows(request).await.map_err(|e| refused(&place(address), &e))?;
     Ok(answer.into_inner())
+}
+
+/// What is said where there is nothing to show.
+fn nothing(args: &ObserveArgs) -> &'static str {
+    let narrowed = !whitelist(args).is_empty() || args.since.is_some() || args.until.is_some();
+    if narrowed {
+        "no flow fits; agents keep only the newest ones, and a wider --since or fewer filters may show some"
+    } else {
+        "no flows yet; use --follow to wait for them"
+    }
 }
 
 fn refused(server: &str, e: &tonic::Status) -> Failure {
     if e.code() == tonic::Code::InvalidArgument {
         Failure::Usage(e.message().into())
     } else {
-        Failure::Unable(format!(
-            "the agent at {server} ended the answer: {} ({:?})",
-            clean(e.message()),
-            e.code()
-        ))
+        Failure::Unable(format!("{server} ended the answer: {} ({:?})", clean(e.message()), e.code()))
     }
 }
 
@@ -111,6 +136,10 @@ async fn collect(
         _ => 0,
     };
     let items = items.split_off(skip);
+    if items.is_empty() {
+        // Not a flow, so not on stdout.
+        eprintln!("weft: {}", nothing(args));
+    }
     printer.measure(&items);
     for item in &items {
         printer.print(item).map_err(|_| Stop::Closed)?;

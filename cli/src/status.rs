@@ -13,6 +13,7 @@ use crate::{
     Failure, Outcome,
     args::{StatusArgs, StatusOutput},
     connect,
+    mesh::Mesh,
     text::{self, Colour, clean},
     when,
 };
@@ -26,6 +27,9 @@ const MAX_SUMMARY: u64 = 4 << 20;
 #[derive(Debug, Serialize)]
 struct Report {
     agents: Vec<Agent>,
+    /// What is wrong with agents and operators that did not answer.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    unknown: Vec<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     operator: Option<serde_json::Value>,
 }
@@ -107,13 +111,20 @@ struct Flows {
 /// Runs the command.
 pub(crate) async fn run(args: &StatusArgs) -> Result<Outcome, Failure> {
     let operator = args.operator_status.as_deref().map(summary).transpose()?;
-    let addresses = match connect::addresses(&args.server) {
-        // Only the operator was asked for.
-        Err(Failure::Unable(_)) if operator.is_some() && args.server.servers.is_empty() => Vec::new(),
-        other => other?,
-    };
-    let mut agents = Vec::new();
     let now = SystemTime::now();
+    let (mut agents, mut unknown) = (Vec::new(), Vec::new());
+    let addresses = match connect::addresses(&args.server)? {
+        Some(addresses) => addresses,
+        // Only the operator's folder was asked for.
+        None if operator.is_some() && !args.server.cluster.given() => Vec::new(),
+        None => {
+            let states = Mesh::open(&connect::cluster(&args.server).await?).await?.states().await;
+            let heard = states.nodes.into_values().filter_map(|(replica, s)| Some((replica, s.agent?)));
+            agents.extend(heard.map(|(replica, state)| agent(replica, state, now)));
+            unknown = states.problems;
+            Vec::new()
+        }
+    };
     for address in &addresses {
         let mut client = AgentClient::new(connect::channel(address).await?);
         let answer = tokio::time::timeout(ANSWER_TIMEOUT, client.status(StatusRequest {}))
@@ -122,7 +133,13 @@ pub(crate) async fn run(args: &StatusArgs) -> Result<Outcome, Failure> {
             .map_err(|e| Failure::Unable(format!("the agent at {address} says: {}", clean(e.message()))))?;
         agents.push(agent(address.to_string(), answer.into_inner(), now));
     }
-    let report = Report { agents, operator };
+    if let Some(namespace) = &args.namespace {
+        let prefix = format!("{namespace}/");
+        for agent in &mut agents {
+            agent.pods.retain(|pod| pod.name.starts_with(&prefix));
+        }
+    }
+    let report = Report { agents, unknown, operator };
     let problems = problems(&report);
     match args.output {
         StatusOutput::Table => print!("{}", table(&report, &problems, text::colours())),
@@ -218,7 +235,7 @@ fn agent(server: String, s: StatusResponse, now: SystemTime) -> Agent {
 
 /// Everything that is wrong, one sentence each.
 fn problems(report: &Report) -> Vec<String> {
-    let mut found = Vec::new();
+    let mut found = report.unknown.clone();
     for a in &report.agents {
         let mut note = |text: String| found.push(format!("{}: {text}", a.node));
         if !a.ready {

@@ -1,6 +1,16 @@
 //! Text for a terminal: colours where wanted, and nothing that could steer it.
 
-use std::{borrow::Cow, env, io::IsTerminal as _};
+use std::{
+    borrow::Cow,
+    env,
+    io::{IsTerminal as _, Write as _},
+};
+
+/// Writes to stdout. Whoever reads it and has seen enough may leave.
+pub(crate) fn print(text: &str) {
+    let mut out = std::io::stdout().lock();
+    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+}
 
 /// Whether stdout wants colours: a terminal, and NO_COLOR (no-color.org) not set.
 pub(crate) fn colours() -> bool {

@@ -44,6 +44,11 @@ pub(crate) fn full(at: SystemTime) -> String {
     OffsetDateTime::from(at).format(&Rfc3339).unwrap_or_default()
 }
 
+/// Seconds since 1970.
+pub(crate) fn seconds(at: SystemTime) -> i64 {
+    OffsetDateTime::from(at).unix_timestamp()
+}
+
 /// A length of time in its two largest units: `3d4h`, `5m10s`, `42s`.
 pub(crate) fn span(length: Duration) -> String {
     let s = length.as_secs();

@@ -129,3 +129,13 @@ fn flows_of_other_servers_and_strangers() {
 fn rows_fit_the_header() {
     assert_eq!(View::of(&message()).row().len(), View::HEADER.len());
 }
+
+#[test]
+fn what_broke_before_a_request_has_none() {
+    let mut message = message();
+    if let Some(Record::Http(http)) = message.l7.as_mut().and_then(|l7| l7.record.as_mut()) {
+        (http.method, http.code, http.protocol) = (String::new(), 0, "HTTP/2".into());
+        http.url = "http://".into();
+    }
+    assert!(View::of(&message).compact(false).contains(" HTTP/2 no request 3.21ms "));
+}

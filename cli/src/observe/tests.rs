@@ -53,6 +53,15 @@ fn filters() {
     assert_eq!(of("--reporter source").whitelist[0].traffic_direction, [2]);
     assert!(Cli::try_parse_from(["weft", "observe", "--pod", "a", "--from-pod", "b"]).is_err());
     assert!(request(&args("--since never"), SystemTime::now()).is_err());
+    assert!(Cli::try_parse_from(["weft", "observe", "--last", "0"]).is_err());
+}
+
+#[test]
+fn an_empty_answer_says_what_may_help() {
+    assert!(nothing(&args("")).contains("--follow"));
+    for narrowed in ["--since 5m", "-n shop", "--verdict denied"] {
+        assert!(nothing(&args(narrowed)).contains("fewer filters"), "{narrowed}");
+    }
 }
 
 fn printer(output: FlowOutput) -> Printer {

@@ -33,7 +33,7 @@ fn report() -> Report {
         config: Some(wire::Config { version: "0000000a.3".into(), connected: true, ..Default::default() }),
         ..Default::default()
     };
-    Report { agents: vec![agent("unix:/x".into(), answer, now)], operator: None }
+    Report { agents: vec![agent("unix:/x".into(), answer, now)], unknown: Vec::new(), operator: None }
 }
 
 #[test]
