@@ -1,0 +1,6 @@
+//! Records of the kernel's event ring.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
+    drop(weft_agent::datapath::fuzz_event(bytes));
+});
