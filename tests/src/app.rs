@@ -21,6 +21,7 @@ pub mod attack;
 pub mod calls;
 pub mod server;
 pub mod tunnel;
+pub mod udp;
 
 /// A subcommand.
 #[derive(Debug, Subcommand)]
@@ -47,16 +48,20 @@ pub enum App {
     Stream(calls::Stream),
     /// Read a stream of a `source` server slowly.
     Slow(calls::Slow),
-    /// Send a datagram and wait for its echo.
-    Udp(calls::Udp),
+    /// Send a datagram and wait for its echo, or go on as long as there is one.
+    Udp(udp::Udp),
     /// Speaks first on each connection, then echoes.
     Banner(server::Listen),
     /// Counts and checksums what it gets until the sender closes its side, then answers.
     Sink(server::Listen),
     /// Sends a stream of the length that the first eight bytes ask for.
     Source(server::Listen),
+    /// Closes its sending side after a word, then counts and checksums what it gets, and prints it.
+    Farewell(server::Listen),
     /// Echoes datagrams.
     UdpEcho(server::Listen),
+    /// Sends datagrams for half a minute to whoever sent one.
+    UdpPour(server::Listen),
     /// Sends a TCP SYN with a source address that is not this Pod's.
     Forge(attack::Forge),
     /// Sends bytes that are no protocol of any of Weft's ports.
@@ -82,7 +87,9 @@ impl App {
             Self::Banner(listen) => listen.banner(),
             Self::Sink(listen) => listen.sink(),
             Self::Source(listen) => listen.source(),
+            Self::Farewell(listen) => listen.farewell(),
             Self::UdpEcho(listen) => listen.udp_echo(),
+            Self::UdpPour(listen) => listen.udp_pour(),
             Self::Forge(forge) => forge.run(),
             Self::Garbage(garbage) => garbage.run(),
             Self::Tunnel(tunnel) => tunnel.run(),

@@ -28,6 +28,9 @@ pub struct Arguments {
     /// End what an earlier run left standing.
     #[arg(long, conflicts_with = "keep")]
     pub down: bool,
+    /// With --down: end these only, by name.
+    #[arg(requires = "down")]
+    pub labs: Vec<String>,
 }
 
 /// Runs the demo.
@@ -37,7 +40,7 @@ pub struct Arguments {
 pub fn run(arguments: &Arguments) -> Result<()> {
     interrupt::watch()?;
     if arguments.down {
-        return down();
+        return down(&arguments.labs);
     }
     let mut tell = Teller::new();
     let outcome = story(&mut tell, arguments.keep);
@@ -48,9 +51,10 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     tell.end()
 }
 
-fn down() -> Result<()> {
+fn down(only: &[String]) -> Result<()> {
     let tell = Teller::new();
-    let all = Record::all();
+    let mut all = Record::all();
+    all.retain(|record| only.is_empty() || only.contains(&record.name));
     if all.is_empty() {
         tell.line("Nothing is standing.");
     }
@@ -84,6 +88,14 @@ fn story(tell: &mut Teller, keep: bool) -> Result<()> {
         stay(tell, &mut lab);
         return Ok(());
     }
+    remove(tell, lab)
+}
+
+/// Step 8.
+///
+/// # Errors
+/// When something could not be removed; what stays also goes to the teller.
+pub fn remove(tell: &mut Teller, lab: Lab) -> Result<()> {
     tell.step(8, "Everything is removed");
     let record = lab.record().clone();
     let start = Instant::now();

@@ -20,6 +20,7 @@ pub mod node;
 pub mod objects;
 pub mod pod;
 pub mod process;
+pub mod reach;
 pub mod remove;
 pub mod serve;
 

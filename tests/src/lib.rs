@@ -9,6 +9,7 @@ pub mod demo;
 pub mod http;
 pub mod interrupt;
 pub mod lab;
+pub mod mesh;
 pub mod metrics;
 pub mod observe;
 pub mod stats;

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::{
+    fs,
     net::SocketAddr,
     time::{Duration, Instant},
 };
@@ -22,16 +23,7 @@ fn at(lab: &Lab, pod: &str, port: u16, v6: bool) -> String {
 }
 
 fn hold(lab: &Lab, name: &str, to: &str) -> Process {
-    let mut held = lab
-        .spawn_app("client", name, &["dial", "--to", to, "--hold", "--timeout-ms", "60000"])
-        .unwrap_or_else(|error| panic!("{error:#}"));
-    wait::until(Duration::from_secs(10), "a connection that stands", || {
-        held.check()?;
-        ensure!(held.output().contains("established"), "not yet: {}", held.output());
-        Ok(())
-    })
-    .unwrap();
-    held
+    lab.hold("client", name, to).unwrap_or_else(|error| panic!("{error:#}"))
 }
 
 const DENY_CLIENT: &str = "
@@ -118,6 +110,7 @@ fn a_bad_object_is_reported_and_the_others_go_on() {
         Ok(())
     })
     .unwrap();
+    told_everywhere(&lab, &["typo.yaml", "AuthorizationPolicy shop/typo", "spec.action", "ALLOW", "DENY"]);
     let web = calls::vip(&lab, "shop/web", 80).unwrap();
     let answer = calls::http(&lab, "client", &web, &[]).unwrap();
     assert_eq!(calls::number(&answer, "/statuses/200"), 1, "{answer}");
@@ -129,4 +122,81 @@ fn a_bad_object_is_reported_and_the_others_go_on() {
     })
     .unwrap();
     lab.apply_example("canary").context("the next object is taken").unwrap();
+    // Mended, it is taken, and nobody speaks of it any more.
+    lab.apply("typo", &bad.replace("REFUSE", "AUDIT")).unwrap();
+    let (code, text) = lab.told_status().unwrap();
+    assert_eq!(code, 0, "{text}");
+    let answer = lab.app("client", &["dial", "--to", &echo]).unwrap();
+    assert_eq!(answer["connected"], true, "{answer}");
+}
+
+/// A good policy becomes bad: its last good form goes on. A file that is no YAML at all is named with its line. A
+/// field of the wrong kind of one document does not touch the others of its file.
+#[test]
+fn what_was_good_goes_on_when_it_becomes_bad() {
+    let lab = lab();
+    let to = at(&lab, "web-v1", 8080, false);
+    let blocked = |wanted: bool| {
+        let answer = calls::http(&lab, "intruder", &to, &[]).unwrap();
+        assert_eq!(calls::number(&answer, "/statuses/200"), u64::from(!wanted), "{answer}");
+    };
+    lab.apply_example("policy").unwrap();
+    blocked(true);
+    let policy = lab.source().path().join("policy.yaml");
+    let good = fs::read_to_string(&policy).unwrap();
+    // The second document of the file is good, and is taken.
+    let second = DENY_CLIENT.replace("selector: {}", "selector: {matchLabels: {app: echo}}");
+    let bad = good.replace("ports: [8080]", "ports: [808080]");
+    lab.source().write("policy", &format!("{bad}---{second}")).unwrap();
+    wait::until(Duration::from_secs(5), "the report", || {
+        let (accepted, message) = lab.condition("AuthorizationPolicy", "shop", "web-callers", "Accepted")?;
+        ensure!(!accepted, "{message}");
+        Ok(())
+    })
+    .unwrap();
+    told_everywhere(
+        &lab,
+        &["policy.yaml", "AuthorizationPolicy shop/web-callers", "networkAttributes.ports[0]"],
+    );
+    wait::until(Duration::from_secs(5), "the good document of the same file", || {
+        let answer = lab.app("client", &["dial", "--to", &at(&lab, "echo", 7000, false)])?;
+        ensure!(answer["error"] == "ConnectionRefused", "{answer}");
+        Ok(())
+    })
+    .unwrap();
+    blocked(true);
+    let answer = calls::http(&lab, "client", &to, &[]).unwrap();
+    assert_eq!(calls::number(&answer, "/statuses/200"), 1, "the last good form: {answer}");
+
+    lab.source().write("policy", "kind: [unclosed\n").unwrap();
+    wait::until(Duration::from_secs(5), "the report of the file", || {
+        let (code, text) = lab.told_status()?;
+        ensure!(code == 1 && text.contains("policy.yaml") && text.contains("line"), "{code} {text}");
+        Ok(())
+    })
+    .unwrap();
+    blocked(true);
+    lab.apply("policy", &good).unwrap();
+    blocked(true);
+    let (code, text) = lab.told_status().unwrap();
+    assert_eq!(code, 0, "{text}");
+}
+
+/// The operator's log, `weft status` and the status folder each say all of `parts`, the first two in one line.
+fn told_everywhere(lab: &Lab, parts: &[&str]) {
+    let one_line = |text: &str| text.lines().any(|line| parts.iter().all(|part| line.contains(part)));
+    wait::until(Duration::from_secs(5), "the report in log, status and folder", || {
+        let log = lab.operator_log()?;
+        let last: Vec<&str> = log.lines().rev().take(3).collect();
+        ensure!(one_line(&log), "the log does not say {parts:?}: {last:?}");
+        let (code, text) = lab.told_status()?;
+        ensure!(code == 1 && one_line(&text), "weft status ({code}) does not say {parts:?}: {text}");
+        let summary = lab.summary()?.to_string();
+        ensure!(
+            parts.iter().all(|part| { part.split(['/', ' ']).all(|word| summary.contains(word)) }),
+            "the summary does not say {parts:?}"
+        );
+        Ok(())
+    })
+    .unwrap();
 }

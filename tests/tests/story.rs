@@ -54,3 +54,11 @@ fn an_agent_is_replaced_under_load_then_killed() {
         agents::kill(teller, lab)
     });
 }
+
+#[test]
+fn everything_is_removed() {
+    let mut teller = Teller::new();
+    let lab = demo::raise(&mut teller).unwrap_or_else(|error| panic!("{error:#}"));
+    demo::remove(&mut teller, lab).unwrap_or_else(|error| panic!("{error:#}"));
+    assert_eq!(teller.wrong(), Vec::<String>::new());
+}

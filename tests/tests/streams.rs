@@ -10,12 +10,14 @@ use weft_tests::{Lab, wait};
 const BANNER: u16 = 7001;
 const SINK: u16 = 7002;
 const SOURCE: u16 = 7003;
+const FAREWELL: u16 = 7004;
 
 fn lab() -> Lab {
     let mut lab = Lab::shop().unwrap_or_else(|error| panic!("{error:#}"));
     lab.start_server("web-v1", "banner", BANNER).unwrap();
     lab.start_server("web-v1", "sink", SINK).unwrap();
     lab.start_server("web-v1", "source", SOURCE).unwrap();
+    lab.start_server("web-v1", "farewell", FAREWELL).unwrap();
     lab
 }
 
@@ -52,6 +54,26 @@ fn a_half_closed_connection_still_answers() {
         let answer =
             lab.app("client", &["stream", "--to", &at(&lab, SINK, v6), "--bytes", "1000003"]).unwrap();
         assert_eq!(answer["matches"], true, "v6 {v6}: {answer}");
+    }
+}
+
+/// The other way round: the server has nothing more to say, and the client goes on.
+#[test]
+fn a_server_that_closed_its_side_still_hears() {
+    let lab = lab();
+    for v6 in [false, true] {
+        let to = at(&lab, FAREWELL, v6);
+        let args = ["stream", "--to", &to, "--bytes", "3000017", "--after-end"];
+        let answer = lab.app("client", &args).unwrap();
+        assert_eq!(answer["heard"], "farewell\n", "v6 {v6}: {answer}");
+        let wanted = format!("got 3000017 {}", answer["checksum"].as_str().unwrap());
+        let log = lab.pod("web-v1").unwrap().folder(lab.dir()).join("farewell.log");
+        wait::until(Duration::from_secs(10), "the server to have heard it all", || {
+            let text = fs::read_to_string(&log)?;
+            ensure!(text.lines().filter(|line| **line == *wanted).count() == 1 + usize::from(v6), "{text}");
+            Ok(())
+        })
+        .unwrap();
     }
 }
 

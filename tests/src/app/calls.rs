@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     io::{Read as _, Write as _},
-    net::{Shutdown, TcpStream, UdpSocket},
+    net::{Shutdown, TcpStream},
     sync::{
         Mutex,
         atomic::{AtomicU64, Ordering},
@@ -31,7 +31,7 @@ pub struct Target {
 }
 
 impl Target {
-    fn timeout(&self) -> Duration {
+    pub(super) fn timeout(&self) -> Duration {
         Duration::from_millis(self.timeout_ms)
     }
 
@@ -358,12 +358,19 @@ pub struct Stream {
     /// Bytes.
     #[arg(long)]
     bytes: u64,
+    /// Read until the server closes its sending side, and only then send; nothing is read afterwards.
+    #[arg(long)]
+    after_end: bool,
 }
 
 impl Stream {
     pub(super) fn run(self) -> Result<Value> {
         let start = Instant::now();
         let mut stream = self.target.dial()?;
+        let mut heard = String::new();
+        if self.after_end {
+            stream.read_to_string(&mut heard).context("read until the server closes its sending side")?;
+        }
         let mut sum = Checksum::default();
         let mut sent = 0;
         while sent < self.bytes {
@@ -373,6 +380,9 @@ impl Stream {
             sent += block.len() as u64;
         }
         stream.shutdown(Shutdown::Write)?;
+        if self.after_end {
+            return Ok(json!({"sent": sent, "checksum": sum.to_string(), "heard": heard}));
+        }
         let mut answer = String::new();
         stream.read_to_string(&mut answer).context("read the answer after closing the sending side")?;
         Ok(json!({
@@ -423,27 +433,5 @@ impl Slow {
             at += block.len() as u64;
         }
         Ok(json!({"received": got, "matches": got == self.bytes && sum == wanted}))
-    }
-}
-
-/// A datagram and its echo.
-#[derive(Debug, Clone, Args)]
-pub struct Udp {
-    #[command(flatten)]
-    target: Target,
-}
-
-impl Udp {
-    pub(super) fn run(self) -> Result<Value> {
-        let local = if self.target.to.starts_with('[') { "[::]:0" } else { "0.0.0.0:0" };
-        let socket = UdpSocket::bind(local)?;
-        socket.set_read_timeout(Some(self.target.timeout()))?;
-        socket.connect(&self.target.to)?;
-        let mut buffer = [0; 64];
-        let result = socket.send(b"ping").and_then(|_| socket.recv(&mut buffer));
-        Ok(match result {
-            Ok(n) => json!({"answered": true, "heard": String::from_utf8_lossy(&buffer[..n])}),
-            Err(error) => json!({"answered": false, "error": format!("{:?}", error.kind())}),
-        })
     }
 }

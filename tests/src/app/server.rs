@@ -3,8 +3,9 @@
 use std::{
     fmt,
     io::{BufRead as _, BufReader, Read as _, Write as _},
-    net::{Ipv6Addr, TcpListener, TcpStream, UdpSocket},
+    net::{Ipv6Addr, Shutdown, TcpListener, TcpStream, UdpSocket},
     thread,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result};
@@ -114,17 +115,20 @@ impl Listen {
 
     pub(super) fn sink(self) -> Result<Value> {
         self.each(|mut stream| {
-            let (mut sum, mut total) = (Checksum::default(), 0_u64);
-            let mut buffer = vec![0; 1 << 16];
-            loop {
-                let n = stream.read(&mut buffer)?;
-                if n == 0 {
-                    break;
-                }
-                sum.add(&buffer[..n]);
-                total += n as u64;
-            }
+            let (total, sum) = drain(&mut stream)?;
             stream.write_all(format!("{total} {sum}\n").as_bytes())?;
+            Ok(())
+        })
+    }
+
+    pub(super) fn farewell(self) -> Result<Value> {
+        self.each(|mut stream| {
+            stream.write_all(b"farewell\n")?;
+            stream.shutdown(Shutdown::Write)?;
+            match drain(&mut stream) {
+                Ok((total, sum)) => super::say(&format!("got {total} {sum}")),
+                Err(error) => super::say(&format!("broken {error:#}")),
+            }
             Ok(())
         })
     }
@@ -152,9 +156,34 @@ impl Listen {
         let mut buffer = [0; 2048];
         loop {
             let (n, peer) = socket.recv_from(&mut buffer)?;
-            super::say(&format!("datagram {peer}"));
-            socket.send_to(&buffer[..n], peer)?;
+            // Refused by the kernel's policy, or by an ICMP error of an earlier answer: the next one may pass.
+            let _ = socket.send_to(&buffer[..n], peer);
         }
+    }
+
+    pub(super) fn udp_pour(self) -> Result<Value> {
+        let socket = UdpSocket::bind((Ipv6Addr::UNSPECIFIED, self.port)).context("listen")?;
+        let (_, peer) = socket.recv_from(&mut [0; 2048])?;
+        let start = Instant::now();
+        while start.elapsed() < Duration::from_secs(30) {
+            let _ = socket.send_to(b"more", peer);
+            thread::sleep(Duration::from_millis(5));
+        }
+        Ok(Value::Null)
+    }
+}
+
+/// Reads to the end: how many bytes, and their checksum.
+fn drain(stream: &mut TcpStream) -> Result<(u64, Checksum)> {
+    let (mut sum, mut total) = (Checksum::default(), 0_u64);
+    let mut buffer = vec![0; 1 << 16];
+    loop {
+        let n = stream.read(&mut buffer)?;
+        if n == 0 {
+            return Ok((total, sum));
+        }
+        sum.add(&buffer[..n]);
+        total += n as u64;
     }
 }
 

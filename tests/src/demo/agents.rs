@@ -28,6 +28,17 @@ pub fn pins(folder: &Path) -> Vec<PathBuf> {
     out
 }
 
+/// What became of the calls that web did not answer, ready to follow a number.
+fn listed(answer: &Value) -> String {
+    let outcomes =
+        [&answer["statuses"], &answer["errors"]].into_iter().filter_map(Value::as_object).flatten();
+    let parts: Vec<String> = outcomes
+        .filter(|(what, _)| *what != "200")
+        .map(|(what, count)| format!("{count} times {what}"))
+        .collect();
+    if parts.is_empty() { String::new() } else { format!(" ({})", parts.join(", ")) }
+}
+
 /// Step 7, first half.
 ///
 /// # Errors
@@ -56,13 +67,13 @@ pub fn replace(tell: &mut Teller, lab: &mut Lab) -> Result<()> {
     let last = output.lines().last().unwrap_or_default();
     let answer: Value = serde_json::from_str(last).with_context(|| format!("the load said {last:?}"))?;
     tell.did(&format!(
-        "agent {new_pid} took over from {old_pid}, which drained and ended with {status} after {}, at call {at}",
+        "agent {new_pid} took over from {old_pid}, which drained and ended ({status}) after {}, at call {at}",
         ms(gone)
     ));
     let failed = 2000 - number(&answer, "/statuses/200");
     tell.saw(
         failed == 0 && status.success() && at < 2000,
-        &format!("2,000 calls meanwhile: {failed} failed {}", answer["errors"]),
+        &format!("2,000 calls meanwhile: {failed} failed{}", listed(&answer)),
     );
     Ok(())
 }
@@ -90,10 +101,9 @@ pub fn kill(tell: &mut Teller, lab: &mut Lab) -> Result<()> {
     tell.saw(
         number(&answer, "/statuses/200") == 0 && found == 0,
         &format!(
-            "killed with SIGKILL: 20 calls, {} answered by web ({}{}); {found} of {} packets hold their word",
+            "killed with SIGKILL: 20 calls, {} answered by web{}; {found} of {} packets hold their word",
             number(&answer, "/statuses/200"),
-            answer["statuses"],
-            answer["errors"],
+            listed(&answer),
             trace.len()
         ),
     );

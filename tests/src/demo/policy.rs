@@ -36,7 +36,7 @@ pub fn enforce(tell: &mut Teller, lab: &Lab) -> Result<()> {
     tell.did("AuthorizationPolicy web-callers is applied: client may GET and HEAD, nobody else anything");
     tell.saw(
         programmed && entries(&after, "POLICY") > entries(&before, "POLICY"),
-        &format!("enforced after {}: {message}; map entries {}", ms(took), changed.join(", ")),
+        &format!("enforced after {}: {message}; entries in BPF maps: {}", ms(took), changed.join(", ")),
     );
     let direct = pod(lab, "web-v1", 8080)?;
     let answers = [http(lab, "intruder", &web, &[])?, http(lab, "intruder", &direct, &[])?];
@@ -45,10 +45,10 @@ pub fn enforce(tell: &mut Teller, lab: &Lab) -> Result<()> {
     tell.saw(
         refused,
         &format!(
-            "intruder is refused at Service and Pod: {} ({}, seen by {})",
+            "intruder is refused at Service and Pod: {} ({}, {})",
             error_of(&answers[0]),
             text(&denied, "/reason"),
-            text(&denied, "/reporter")
+            place(text(&denied, "/reporter"))
         ),
     );
     let read = http(lab, "client", &web, &[])?;
@@ -65,6 +65,16 @@ pub fn enforce(tell: &mut Teller, lab: &Lab) -> Result<()> {
     );
     forged(tell, lab)?;
     foreign(tell, lab)
+}
+
+/// Where a reporter sits, in words.
+fn place(reporter: &str) -> &str {
+    match reporter {
+        "kernel-source" => "by the kernel of its own node, when it dials",
+        "kernel-destination" => "by the kernel of web's node",
+        "proxy-destination" => "by the proxy of web's node",
+        other => other,
+    }
 }
 
 fn statuses(answer: &Value) -> String {
@@ -126,6 +136,26 @@ fn foreign(tell: &mut Teller, lab: &Lab) -> Result<()> {
     Ok(())
 }
 
+/// At most eight lines, the newest of their kind: requests and refusals. What differs in its time only is one.
+fn calmly(lines: &str) -> Vec<String> {
+    let mut kinds: Vec<(String, &str, u32)> = Vec::new();
+    // Of what was let in, the requests: each stands for the connection that it came on.
+    let told = |line: &&str| !line.contains(" FORWARDED ") || !line.contains(" tcp ");
+    for line in lines.lines().filter(told) {
+        let what = line.split_once(' ').map_or(line, |(_, what)| what);
+        match kinds.iter_mut().find(|(_, known, _)| *known == what) {
+            Some((_, _, times)) => *times += 1,
+            None => kinds.push((line.into(), what, 1)),
+        }
+    }
+    let newest = kinds.split_off(kinds.len().saturating_sub(8));
+    let told = newest.into_iter().map(|(line, _, times)| match times {
+        1 => line,
+        times => format!("{line} ({times} times)"),
+    });
+    told.collect()
+}
+
 /// Step 5.
 ///
 /// # Errors
@@ -133,14 +163,24 @@ fn foreign(tell: &mut Teller, lab: &Lab) -> Result<()> {
 pub fn observe(tell: &mut Teller, lab: &Lab) -> Result<()> {
     tell.step(5, "The same, as weft observe shows it");
     let denied = flow(lab, |flow| flow["http"]["status"] == 403)?;
-    let lines = lab.weft(&["observe", "--namespace", "shop", "--last", "8"])?;
-    for line in lines.lines() {
-        tell.did(line);
+    let lines = lab.weft(&["observe", "--namespace", "shop", "--last", "32", "-o", "compact"])?;
+    for line in calmly(&lines) {
+        tell.did(&line);
     }
+    let names = [
+        "/time",
+        "/source/pod",
+        "/source/identity",
+        "/destination/pod",
+        "/destination/identity",
+        "/tls/cipher",
+    ];
     let holds =
-        ["/time", "/source/identity", "/destination/identity", "/tls/cipher", "/http/method", "/http/url"]
-            .iter()
-            .all(|pointer| !text(&denied, pointer).is_empty());
+        names.iter().chain(&["/http/method", "/http/url"]).all(|pointer| !text(&denied, pointer).is_empty())
+            && number(&denied, "/destination/port") == 8080
+            && text(&denied, "/verdict") == "DENIED";
+    let allowed = flow(lab, |flow| flow["verdict"] == "FORWARDED" && flow["policy"] == "shop/web-callers");
+    tell.saw(allowed.is_ok(), "an allowed call's record names the policy that let it in: shop/web-callers");
     let policy = text(&denied, "/policy");
     let latency = denied["duration_ms"].as_f64().unwrap_or_default();
     tell.saw(
@@ -154,4 +194,19 @@ pub fn observe(tell: &mut Teller, lab: &Lab) -> Result<()> {
         ),
     );
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn repeated_lines_are_one() {
+        let lines = "12:00:00.1 a -> b DENIED tcp open\n12:00:00.2 a -> c FORWARDED GET /\n\
+                     12:00:00.3 a -> c FORWARDED mtls tcp open\n12:00:00.4 a -> b DENIED tcp open\n";
+        assert_eq!(
+            calmly(lines),
+            ["12:00:00.1 a -> b DENIED tcp open (2 times)", "12:00:00.2 a -> c FORWARDED GET /"]
+        );
+    }
 }

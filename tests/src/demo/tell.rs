@@ -80,3 +80,18 @@ impl Teller {
         )
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_false_claim_fails_the_story() {
+        let mut tell = Teller::new();
+        tell.saw(true, "true");
+        assert!(tell.end().is_ok());
+        tell.saw(false, "false");
+        let error = tell.end().unwrap_err().to_string();
+        assert!(error.starts_with("1 of") && error.contains("false"), "{error}");
+    }
+}

@@ -62,19 +62,37 @@ impl Lab {
     /// # Errors
     /// As [`Lab::apply`].
     pub fn change(&self, make: impl FnOnce(&Self) -> Result<()>) -> Result<Duration> {
-        let before = self.summary()?["sequence"].as_u64().unwrap_or(0);
+        let before = self.summary()?;
         let start = Instant::now();
         make(self)?;
+        self.wait_enforced(&before)?;
+        Ok(start.elapsed())
+    }
+
+    /// Takes the objects of a text in, as [`Lab::add_objects`] does, and waits as [`Lab::apply`] does.
+    ///
+    /// # Errors
+    /// As [`Lab::apply`].
+    pub fn take_in(&mut self, file: &str, text: &str) -> Result<()> {
+        let before = self.summary()?;
+        self.add_objects(file, &objects::documents(text)?)?;
+        self.wait_enforced(&before)
+    }
+
+    fn wait_enforced(&self, before: &Value) -> Result<()> {
+        let sequence = before["sequence"].as_u64().unwrap_or(0);
         wait::until_every(Duration::from_micros(500), LIMIT, "both nodes to enforce the change", || {
             let summary = self.summary()?;
             let unreadable = summary["unreadable"].as_object().filter(|files| !files.is_empty());
-            if let Some(files) = unreadable {
+            // What could not be read before may be what this change mends.
+            if let Some(files) = unreadable
+                && summary["unreadable"] != before["unreadable"]
+            {
                 return Ok(Err(anyhow::anyhow!("the operator cannot read a file: {files:?}")));
             }
-            self.enforced_since(&summary, before).map(Ok)
+            self.enforced_since(&summary, sequence).map(Ok)
         })?
-        .0?;
-        Ok(start.elapsed())
+        .0
     }
 
     fn enforced_since(&self, summary: &Value, before: u64) -> Result<()> {

@@ -86,12 +86,13 @@ impl Lab {
 
 fn listens(port: u16) -> Result<bool> {
     let wanted = format!(":{port:04X} ");
-    for table in ["tcp", "tcp6"] {
+    // The states of a TCP socket that listens and of a UDP socket that is bound.
+    for (table, state) in [("tcp", "0A"), ("tcp6", "0A"), ("udp", "07"), ("udp6", "07")] {
         let text = fs::read_to_string(format!("/proc/thread-self/net/{table}")).unwrap_or_default();
         let found = text.lines().skip(1).any(|line| {
             let mut fields = line.split_whitespace().skip(1);
             let local = fields.next().map(|local| format!("{local} ")).unwrap_or_default();
-            local.ends_with(&wanted) && fields.nth(1) == Some("0A")
+            local.ends_with(&wanted) && fields.nth(1) == Some(state)
         });
         if found {
             return Ok(true);
