@@ -23,15 +23,37 @@ const DEBIAN_RUSTC: &str = "/usr/bin/rustc";
 pub(crate) enum Profile {
     /// Unoptimised.
     Dev,
-    /// What the demo and the end-to-end tests run.
+    /// What the demo and the end-to-end tests run: static, so that the test cluster's images can hold it too.
     Release,
+    /// What images hold.
+    Dist,
 }
 
 impl Profile {
     /// Its folder below the target folder.
     pub(crate) fn folder(self) -> PathBuf {
-        sh::target().join(if self == Self::Dev { "debug" } else { "release" })
+        match self {
+            Self::Dev => sh::target().join("debug"),
+            Self::Release => sh::target().join(triple()).join("release"),
+            Self::Dist => sh::target().join(triple()).join("dist"),
+        }
     }
+
+    /// Makes a cargo command build with it.
+    pub(crate) fn apply(self, cargo: &mut Command) {
+        if self == Self::Dev {
+            return;
+        }
+        let target = triple();
+        let flags = format!("CARGO_TARGET_{}_RUSTFLAGS", target.to_uppercase().replace('-', "_"));
+        // With a target named, host programs such as build scripts stay as they are.
+        cargo.args(["--target", &target]).env(flags, "-Ctarget-feature=+crt-static").env_remove("RUSTFLAGS");
+        cargo.args(if self == Self::Release { ["--profile", "release"] } else { ["--profile", "dist"] });
+    }
+}
+
+fn triple() -> String {
+    format!("{}-unknown-linux-gnu", env::consts::ARCH)
 }
 
 enum Compiler {
@@ -168,16 +190,19 @@ pub(crate) fn build(profile: Profile) -> Outcome {
             "Run this without sudo: the build needs no root, and the run asks for it itself.".into(),
         ));
     }
+    build_programs(profile, &["weft-agent", "weft-operator", "weft-cli", "weft-tests"])
+}
+
+/// Builds the object and the binaries of these packages.
+pub(crate) fn build_programs(profile: Profile, packages: &[&str]) -> Outcome {
     build_ebpf()?;
     let mut cargo = sh::cargo();
     cargo.arg("build");
-    for package in ["weft-agent", "weft-operator", "weft-cli", "weft-tests"] {
+    for package in packages {
         cargo.args(["--package", package]);
     }
     cargo.arg("--bins");
-    if profile == Profile::Release {
-        cargo.arg("--release");
-    }
+    profile.apply(&mut cargo);
     sh::run(&mut cargo)
 }
 
@@ -195,11 +220,14 @@ fn compiler() -> Option<Compiler> {
     source.is_dir().then_some(Compiler::Nightly)
 }
 
-/// The cache is keyed by version and lies outside the checkout, so that a fresh clone finds it.
-fn linker_root() -> PathBuf {
+/// Where tools are kept: outside the checkout and keyed by version, so that a fresh clone finds them.
+pub(crate) fn cache() -> PathBuf {
     let home = env::var_os("HOME").map(PathBuf::from).unwrap_or_default();
-    let cache = env::var_os("XDG_CACHE_HOME").map_or_else(|| home.join(".cache"), PathBuf::from);
-    cache.join(format!("weft/bpf-linker-{LINKER_VERSION}"))
+    env::var_os("XDG_CACHE_HOME").map_or_else(|| home.join(".cache"), PathBuf::from).join("weft")
+}
+
+fn linker_root() -> PathBuf {
+    cache().join(format!("bpf-linker-{LINKER_VERSION}"))
 }
 
 fn linker() -> Option<PathBuf> {

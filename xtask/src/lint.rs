@@ -10,7 +10,7 @@ use std::{
 use crate::{Outcome, bpf, crds, failed, sh};
 
 /// Each crate, and the crates of ours that it may depend on.
-const EDGES: [(&str, &[&str]); 14] = [
+const EDGES: [(&str, &[&str]); 16] = [
     ("ebpf-common", &[]),
     ("ebpf", &["ebpf-common"]),
     ("core", &[]),
@@ -23,7 +23,9 @@ const EDGES: [(&str, &[&str]); 14] = [
     ("operator", &["api", "core", "identity", "proto", "runtime"]),
     ("cli", &["api", "core", "proto"]),
     ("bpf-tests", &["core", "ebpf-common"]),
-    ("tests", &[]),
+    ("cluster", &[]),
+    ("fuzz", &["agent", "api", "core", "ebpf-common", "identity", "operator", "proto", "proxy"]),
+    ("tests", &["cluster"]),
     ("xtask", &[]),
 ];
 
@@ -43,6 +45,8 @@ const UNSAFE_ROOMS: [&str; 5] =
     ["ebpf/", "ebpf-common/", "agent/src/datapath", "agent/tests/datapath", "bpf-tests/"];
 
 const LONGEST: usize = 500;
+
+const DENY_VERSION: &str = "0.20.2";
 
 /// Runs every check and names each that found something.
 pub(crate) fn run() -> Outcome {
@@ -70,15 +74,36 @@ pub(crate) fn run() -> Outcome {
         step("clippy", sh::run(cargo.args(["--all-targets", "--", "--deny", "warnings"])));
     }
     step("CRDs", crds::run(true));
-    if sh::which("cargo-deny").is_some() || sh::output(sh::cargo().args(["deny", "--version"])).is_some() {
-        step(
-            "licences and advisories",
-            sh::run(sh::cargo().args(["deny", "check", "bans", "licenses", "sources"])),
-        );
-    } else {
-        sh::say("lint: licences: not checked, cargo-deny is not installed (`cargo install cargo-deny`)");
+    match deny()? {
+        Some(program) => {
+            let mut command = Command::new(program);
+            command.current_dir(sh::root()).args(["check", "bans", "licenses", "sources"]);
+            step("dependencies' licences and sources", sh::run(&mut command));
+        }
+        None => sh::say(&format!(
+            "lint: licences: not checked, cargo-deny is not here (`cargo install cargo-deny --version {DENY_VERSION} --locked`)"
+        )),
     }
     if bad.is_empty() { Ok(()) } else { failed(format!("lint found something in: {}", bad.join(", "))) }
+}
+
+/// cargo-deny: installed, or in the cache. CI puts it there, a person is told how.
+fn deny() -> Outcome<Option<PathBuf>> {
+    if let Some(path) = sh::which("cargo-deny") {
+        return Ok(Some(path));
+    }
+    let root = bpf::cache().join(format!("cargo-deny-{DENY_VERSION}"));
+    let path = root.join("bin/cargo-deny");
+    if path.is_file() {
+        return Ok(Some(path));
+    }
+    if !sh::ci() {
+        return Ok(None);
+    }
+    let mut cargo = sh::cargo();
+    cargo.args(["install", "cargo-deny", "--version", DENY_VERSION, "--locked", "--root"]).arg(&root);
+    sh::run(&mut cargo)?;
+    Ok(Some(path))
 }
 
 fn report(findings: &[String]) -> Outcome {

@@ -5,8 +5,11 @@
 use std::process::ExitCode;
 
 mod bpf;
+mod cluster;
 mod crds;
 mod demo;
+mod fuzz;
+mod images;
 mod lint;
 mod machine;
 mod sh;
@@ -19,7 +22,12 @@ cargo xtask COMMAND
   build-ebpf             build the BPF object (target/bpf/weft.bpf.o)
   build [--debug]        build everything (the BPF object too where it is missing or stale)
   demo [--keep | --down] raise two nodes on this machine and tell the story
-  test [--tier N]...     run the tests: 1 units, 2 ABI and verifier, 3 BPF test runs, 4 real attach, 5 two nodes
+  cluster up|down|status a real Kubernetes of two nodes on this machine; `cluster help` lists more
+  images --save DIR | --load kind:NAME | --push REGISTRY [--registry NAME] [--tag TAG]
+                         the images of agent and operator: static binaries, made without a container engine
+  test [--tier N]...     run the tests: 1 units, 2 ABI and verifier, 3 BPF test runs, 4 real attach, 5 two nodes,
+                         6 API server, 7 cluster
+  fuzz [SECONDS]         every parser of hostile bytes under libFuzzer, 20 s each
   lint                   format, clippy, dependency direction, file length, unsafe, CRDs, licences
   crds [--check]         write deploy/crds from the types, or fail where it is stale
 
@@ -58,8 +66,11 @@ fn main() -> ExitCode {
         ["build-ebpf"] => bpf::build_ebpf(),
         ["build"] => bpf::build(bpf::Profile::Release),
         ["build", "--debug"] => bpf::build(bpf::Profile::Dev),
+        ["cluster", rest @ ..] => cluster::run(rest),
         ["demo", rest @ ..] => demo::run(rest),
         ["test", rest @ ..] => test::run(rest),
+        ["fuzz", rest @ ..] => fuzz::run(rest),
+        ["images", rest @ ..] => images::run(rest),
         ["lint"] => lint::run(),
         ["crds"] => crds::run(false),
         ["crds", "--check"] => crds::run(true),

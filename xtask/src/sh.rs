@@ -26,6 +26,11 @@ pub(crate) fn root() -> PathBuf {
     here.parent().unwrap_or(here).to_path_buf()
 }
 
+/// Whether this is a check of the project, which may leave nothing out.
+pub(crate) fn ci() -> bool {
+    env::var_os("CI").is_some_and(|value| !value.is_empty() && value != "false")
+}
+
 /// Where build results go.
 pub(crate) fn target() -> PathBuf {
     env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), |dir| root().join(dir))
@@ -75,7 +80,10 @@ pub(crate) fn as_root(program: impl AsRef<OsStr>) -> Outcome<Command> {
     match which("sudo") {
         Some(sudo) => {
             let mut command = Command::new(sudo);
-            command.arg("--preserve-env=WEFT_BIN_DIR,CI,NO_COLOR,TERM").arg("--").arg(program);
+            command
+                .arg("--preserve-env=WEFT_BIN_DIR,WEFT_IMAGES,WEFT_CACHE,CI,NO_COLOR,TERM")
+                .arg("--")
+                .arg(program);
             Ok(command)
         }
         None => Err(Failure::Unable("This needs root: become root, or install sudo.".into())),

@@ -1,7 +1,6 @@
-//! `cargo xtask test`: five tiers, from plain units to two nodes.
+//! `cargo xtask test`: seven tiers, from plain units to a real cluster.
 
 use std::{
-    env,
     io::{BufRead as _, BufReader},
     path::PathBuf,
     process::{Command, Stdio},
@@ -10,12 +9,19 @@ use std::{
 use crate::{
     Failure, Outcome,
     bpf::{self, Profile},
-    failed, machine, sh,
+    cluster, failed, images, machine, sh,
 };
 
 /// What a tier is, for the person who reads the output.
-const TIERS: [(u8, &str); 5] =
-    [(1, "units"), (2, "ABI and verifier"), (3, "BPF test runs"), (4, "real attach"), (5, "two nodes")];
+const TIERS: [(u8, &str); 7] = [
+    (1, "units"),
+    (2, "ABI and verifier"),
+    (3, "BPF test runs"),
+    (4, "real attach"),
+    (5, "two nodes"),
+    (6, "API server"),
+    (7, "cluster"),
+];
 
 #[derive(Debug, Default)]
 struct Tally {
@@ -60,9 +66,9 @@ pub(crate) fn run(args: &[&str]) -> Outcome {
     for line in tally.skipped.iter().chain(&tally.broken) {
         sh::say(line);
     }
-    let ci = env::var_os("CI").is_some_and(|value| !value.is_empty() && value != "false");
     // A test that could not be built or a tier that CI may not skip counts as a failure.
-    let failures = tally.failed + tally.broken.len() as u64 + if ci { tally.skipped.len() as u64 } else { 0 };
+    let failures =
+        tally.failed + tally.broken.len() as u64 + if sh::ci() { tally.skipped.len() as u64 } else { 0 };
     let line = format!("{} passed, {failures} failed", tally.passed);
     if failures > 0 {
         return failed(line);
@@ -79,8 +85,8 @@ fn wanted(args: &[&str]) -> Outcome<Vec<u8>> {
     let mut rest = args;
     while let ["--tier", value, more @ ..] = rest {
         match value.parse() {
-            Ok(tier @ 1..=5) => tiers.push(tier),
-            _ => return Err(Failure::Usage(format!("--tier takes 1 to 5, not {value:?}"))),
+            Ok(tier @ 1..=7) => tiers.push(tier),
+            _ => return Err(Failure::Usage(format!("--tier takes 1 to 7, not {value:?}"))),
         }
         rest = more;
     }
@@ -110,7 +116,9 @@ fn run_tier(tier: u8, tally: &mut Tally) -> Outcome {
             libtest(&mut cargo, tally)
         }
         2..=4 => bpf_tests(tier, tally),
-        _ => two_nodes(tally),
+        5 => two_nodes(tally),
+        6 => api_server(tally),
+        _ => cluster(tally),
     }
 }
 
@@ -125,10 +133,10 @@ fn bpf_tests(tier: u8, tally: &mut Tally) -> Outcome {
         name if TEST_RUNS.contains(&name) => 3,
         _ => 4,
     };
-    let mut chosen = executables("weft-bpf-tests", false)?;
+    let mut chosen = executables("weft-bpf-tests", "--tests", Profile::Dev)?;
     chosen.retain(|(name, _)| of(name) == tier);
     if tier == 4 {
-        chosen.extend(executables("weft-agent", false)?);
+        chosen.extend(executables("weft-agent", "--tests", Profile::Dev)?);
     }
     if chosen.is_empty() {
         return failed(format!("bpf-tests has no file for tier {tier}"));
@@ -138,17 +146,38 @@ fn bpf_tests(tier: u8, tally: &mut Tally) -> Outcome {
 
 fn two_nodes(tally: &mut Tally) -> Outcome {
     bpf::build(Profile::Release)?;
-    let tests = executables("weft-tests", true)?;
+    let mut tests = executables("weft-tests", "--tests", Profile::Release)?;
+    tests.retain(|(name, _)| !name.starts_with(CLUSTER));
     run_as_root(&tests, Profile::Release, tally)
 }
 
-/// Builds a package's test files and gives their names and programs.
-fn executables(package: &str, release: bool) -> Outcome<Vec<(String, PathBuf)>> {
+/// The operator beside a real etcd and API server.
+fn api_server(tally: &mut Tally) -> Outcome {
+    cluster::parts(&[])?;
+    let tests = executables("weft-operator", "--test=apiserver", Profile::Dev)?;
+    run_as_root(&tests, Profile::Dev, tally)
+}
+
+/// Files of the end-to-end tests whose names begin so raise a cluster.
+const CLUSTER: &str = "cluster";
+
+/// Real clusters: first the tool that raises them, then Weft on them.
+fn cluster(tally: &mut Tally) -> Outcome {
+    cluster::parts(&["--spire"])?;
+    bpf::build(Profile::Release)?;
+    images::save(Profile::Release, "registry.test/weft", "test", &sh::target().join("test-images"))?;
+    let mut tests = executables("weft-cluster", "--tests", Profile::Dev)?;
+    let mut own = executables("weft-tests", "--tests", Profile::Release)?;
+    own.retain(|(name, _)| name.starts_with(CLUSTER));
+    tests.append(&mut own);
+    run_as_root(&tests, Profile::Release, tally)
+}
+
+/// Builds those of a package's test files that `which` chooses, and gives their names and programs.
+fn executables(package: &str, which: &str, profile: Profile) -> Outcome<Vec<(String, PathBuf)>> {
     let mut cargo = sh::cargo();
-    cargo.args(["test", "--no-run", "--tests", "--package", package]);
-    if release {
-        cargo.arg("--release");
-    }
+    cargo.args(["test", "--no-run", which, "--package", package]);
+    profile.apply(&mut cargo);
     sh::run(&mut cargo)?;
     let out = cargo.args(["--message-format", "json"]).stderr(Stdio::null()).output()?;
     let text = String::from_utf8_lossy(&out.stdout);
@@ -175,7 +204,8 @@ fn run_as_root(tests: &[(String, PathBuf)], profile: Profile, tally: &mut Tally)
         sh::say(&format!("-- {name}"));
         let mut command = sh::as_root(path)?;
         // One at a time: the tests time what they see, and a machine with two cores has no room for two labs.
-        command.args(["--test-threads", "1"]).env("WEFT_BIN_DIR", profile.folder()).current_dir(sh::root());
+        command.args(["--test-threads", "1"]).env("WEFT_BIN_DIR", profile.folder());
+        command.env("WEFT_IMAGES", sh::target().join("test-images")).current_dir(sh::root());
         libtest(&mut command, tally)?;
     }
     Ok(())
@@ -231,7 +261,7 @@ mod tests {
     #[test]
     fn tiers_are_checked() {
         assert_eq!(wanted(&["--tier", "2", "--tier", "4"]).ok(), Some(vec![2, 4]));
-        assert!(wanted(&["--tier", "6"]).is_err());
+        assert!(wanted(&["--tier", "8"]).is_err());
         assert!(wanted(&["--tier"]).is_err());
     }
 }
