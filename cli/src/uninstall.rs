@@ -8,7 +8,7 @@ use std::{
 
 use k8s_openapi::{
     api::{
-        apps::v1::DaemonSet,
+        apps::v1::{DaemonSet, Deployment},
         core::v1::{Namespace, Pod},
     },
     apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition,
@@ -67,7 +67,7 @@ pub(crate) async fn run(args: &UninstallArgs) -> Result<Outcome, Failure> {
     let mut whole = true;
     match image {
         Some(image) => whole = clean(&cluster, &image, &say).await?,
-        None => say("no agents are installed: nodes are not cleaned"),
+        None => say("neither agents nor operator are installed: nodes are not cleaned"),
     }
     if !whole && !args.force {
         return Err(Failure::Unable(
@@ -103,7 +103,21 @@ async fn stop_agents(cluster: &Cluster, say: &impl Fn(&str)) -> Result<Option<St
     let found = sets.get_opt("weft-agent").await.map_err(|e| cluster.failed("the agents", &e))?;
     let earlier = sets.get_opt(CLEANER).await.map_err(|e| cluster.failed("the cleaner", &e))?;
     // An uninstallation that was cut short left its cleaner, which knows the image.
-    let Some(image) = found.as_ref().or(earlier.as_ref()).and_then(image) else { return Ok(None) };
+    let image = match found.as_ref().or(earlier.as_ref()).and_then(image) {
+        Some(image) => image,
+        // Somebody deleted the agents, which leaves their pins: the operator's image is beside theirs.
+        None => {
+            let deployments: Api<Deployment> = Api::namespaced(cluster.client.clone(), SYSTEM);
+            let operator = deployments.get_opt("weft-operator").await;
+            let operator = operator.map_err(|e| cluster.failed("the operator", &e))?;
+            let spec = operator.and_then(|d| d.spec?.template.spec);
+            let beside = spec.and_then(|s| s.containers.into_iter().find_map(|c| c.image));
+            match beside {
+                Some(beside) => beside.replace("/weft-operator:", "/weft-agent:"),
+                None => return Ok(None),
+            }
+        }
+    };
     if found.is_some() {
         say("agents stop");
         delete(sets.delete("weft-agent", &DeleteParams::background()).await.map(drop))

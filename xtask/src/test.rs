@@ -124,7 +124,7 @@ fn run_tier(tier: u8, tally: &mut Tally) -> Outcome {
 
 /// Files of bpf-tests that tier 2 runs, and tier 3; every other one attaches to real hooks and is tier 4.
 const VERIFIER: [&str; 2] = ["abi", "verifier"];
-const TEST_RUNS: [&str; 3] = ["property", "tc", "test_run"];
+const TEST_RUNS: [&str; 2] = ["services", "tc"];
 
 fn bpf_tests(tier: u8, tally: &mut Tally) -> Outcome {
     bpf::build_ebpf()?;

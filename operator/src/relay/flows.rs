@@ -138,9 +138,6 @@ async fn collect(relay: &Relay, request: GetFlowsRequest, sender: &Sender) -> Re
         let Some(head) = heads.iter_mut().min_by_key(|head| head.at()) else { break };
         let Some(flow) = head.next.take() else { break };
         let counts = matches!(flow.response_types, Some(ResponseTypes::Flow(_)));
-        if let Some(why) = head.fill().await.map_err(Stop::Failed)? {
-            say(sender, word(&head.agent.node, NodeState::NodeUnavailable, &why)).await?;
-        }
         if number == 0 || request.first || !counts {
             say(sender, flow).await?;
             sent += usize::from(counts);
@@ -152,6 +149,9 @@ async fn collect(relay: &Relay, request: GetFlowsRequest, sender: &Sender) -> Re
             if newest.len() > number {
                 newest.pop_front();
             }
+        }
+        if let Some(why) = head.fill().await.map_err(Stop::Failed)? {
+            say(sender, word(&head.agent.node, NodeState::NodeUnavailable, &why)).await?;
         }
     }
     for flow in newest {
