@@ -166,6 +166,8 @@ pub struct Progress {
     /// Another agent serves until this one has taken over.
     takeover: bool,
     lost: Option<u64>,
+    /// Losses that are to be recorded by the next tick.
+    unrecorded: u64,
     repairs: u64,
 }
 
@@ -412,7 +414,10 @@ impl Node {
         let before = self.progress.lost.replace(lost).unwrap_or(lost);
         let new = lost.saturating_sub(before);
         self.metrics.lost.inc_by(new);
-        self.flows.lost_in_kernel(new, SystemTime::now());
+        // What the full ring still held came before the loss, and could push its record out of the flows at once: a
+        // tick later it has been read.
+        let record = std::mem::replace(&mut self.progress.unrecorded, new);
+        self.flows.lost_in_kernel(record, SystemTime::now());
     }
 
     fn publish_status(&self) {

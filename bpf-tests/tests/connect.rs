@@ -189,13 +189,18 @@ fn an_unknown_namespace_is_refused_as_the_rule_says_and_told_of() {
         };
         // A Pod outside the mesh is described, and is no part of it.
         world.maps().describe(family.world, PEER + 1, 0).unwrap();
-        for (to, refused_by) in [
-            (family.peer, [true, true]),
-            (family.service, [true, true]),
-            (nobody, [true, true]),
-            (family.world, [false, true]),
-            (outside, [false, true]),
+        for (to, service, refused_by) in [
+            (family.peer, 0, [true, true]),
+            (family.service, info::SERVICE | info::MESHED, [true, true]),
+            // Such as the API server's and DNS: what comes up while no agent runs needs them.
+            (family.service, info::SERVICE, [false, true]),
+            (nobody, 0, [false, true]),
+            (family.world, 0, [false, true]),
+            (outside, 0, [false, true]),
         ] {
+            if service != 0 {
+                world.maps().describe(to, 0, service).unwrap();
+            }
             for (flags, want) in [0, config::UNKNOWN_REFUSE_ALL].into_iter().zip(refused_by) {
                 set_config(&mut world, weft_ebpf_common::Config { flags, generation: 1 });
                 let to = SocketAddr::new(to, 80);

@@ -240,6 +240,8 @@ pub mod info {
     pub const MESH_RANGE: u32 = 64;
     /// A class of a policy's CIDRs.
     pub const CIDR: u32 = 128;
+    /// With [`SERVICE`]: an enrolled Pod is behind it.
+    pub const MESHED: u32 = 256;
 }
 
 /// [`crate::SkMeta::kind`].

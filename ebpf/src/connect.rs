@@ -114,7 +114,7 @@ fn unknown<const V6: bool>(call: &Call<'_, V6>) -> i32 {
     }
     events::count(stat::UNKNOWN_NETNS);
     let refused = tables::config() & config::UNKNOWN_REFUSE_ALL != 0
-        || tables::address_or_range(&call.dst).is_some_and(|found| tables::is_mesh(found.flags));
+        || tables::address(&call.dst).is_some_and(|found| tables::is_enrolled(found.flags));
     let result = if refused { outcome::DENIED } else { outcome::FORWARDED };
     let why = if refused { reason::UNKNOWN_PEER } else { reason::NONE };
     emit(call, event::UNKNOWN_NETNS, result, why, (subject::UNKNOWN, subject::UNKNOWN), 0, &addr::NONE);

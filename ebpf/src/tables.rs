@@ -37,6 +37,14 @@ pub(crate) fn is_mesh(flags: u32) -> bool {
     flags & (info::ENROLLED | info::SERVICE | info::MESH_RANGE) != 0
 }
 
+/// True for what an unclassified Pod may not reach: enrolled Pods, and Services with one behind them. An address that
+/// nobody has described is no such thing: who listens there judges for himself, and Pods outside the mesh must come up
+/// while no agent runs.
+#[inline(always)]
+pub(crate) fn is_enrolled(flags: u32) -> bool {
+    flags & info::ENROLLED != 0 || flags & (info::SERVICE | info::MESHED) == info::SERVICE | info::MESHED
+}
+
 /// The subject of a client that only its address speaks for.
 #[inline(always)]
 pub(crate) fn outside(addr: &Addr) -> u32 {

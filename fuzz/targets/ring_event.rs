@@ -2,5 +2,5 @@
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
-    drop(weft_agent::datapath::fuzz_event(bytes));
+    let _ = weft_agent::datapath::fuzz_event(bytes);
 });

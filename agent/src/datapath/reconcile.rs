@@ -131,6 +131,7 @@ pub(super) fn address(entry: &AddressInfo, here: bool) -> AddrInfo {
         (entry.policed, info::POLICED),
         (entry.shortcut && local, info::SHORTCUT_OK),
         (entry.service, info::SERVICE),
+        (entry.meshed, info::MESHED),
     ];
     let flags = flags.iter().filter(|(set, _)| *set).fold(0, |all, (_, flag)| all | flag);
     AddrInfo { subject: entry.subject.0, flags }

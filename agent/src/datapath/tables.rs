@@ -37,6 +37,8 @@ pub struct AddressInfo {
     pub shortcut: bool,
     /// A Service's cluster address.
     pub service: bool,
+    /// A Service with an enrolled Pod behind it.
+    pub meshed: bool,
 }
 
 /// What is known of a range of addresses.
@@ -97,6 +99,10 @@ fn addresses(
             strict: guard.is_some_and(|guard| guard.strict),
             policed: guard.is_some(),
             service: true,
+            meshed: service.endpoints.iter().any(|e| {
+                let pod = e.workload.as_ref().and_then(|uid| state.workload(uid));
+                pod.is_some_and(|pod| pod.mode.enrolled())
+            }),
             ..AddressInfo::default()
         };
         addresses.extend(service.addresses.iter().map(|a| (a.to_canonical(), info)));
@@ -112,6 +118,7 @@ fn addresses(
             policed: enrolled && kernel::policed(workload),
             shortcut: local && shortcut && !workload.network_policy,
             service: false,
+            meshed: false,
         };
         addresses.extend(workload.addresses.iter().map(|a| (a.to_canonical(), info)));
     }

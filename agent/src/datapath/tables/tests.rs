@@ -143,6 +143,7 @@ fn a_service_with_the_mesh_behind_it_elsewhere_has_rows_for_packets() {
         let tables = compile("far", mode);
         let vip = tables.addresses[&address("10.96.0.1")];
         assert_eq!((vip.service, vip.policed, vip.strict, vip.enrolled), (true, true, strict, false));
+        assert!(vip.meshed);
         let [row] = tables.rows[..] else { panic!("{:?}", tables.rows) };
         assert_eq!((row.source, row.destination), (SubjectId(300), vip.subject));
         assert_eq!((row.port, row.protocol, row.verdict), (53, 17, RowVerdict::Allow), "never in plaintext");
