@@ -29,9 +29,9 @@ struct Args {
 enum Action {
     /// Build and fetch the parts that are missing, and say where they are
     Parts {
-        /// SPIRE's server and agent too
+        /// SPIRE's server and agent, and Helm, too
         #[arg(long)]
-        spire: bool,
+        all: bool,
     },
     /// Raise a cluster and leave it standing
     Up {
@@ -162,12 +162,14 @@ fn say(text: &str) {
 
 fn run(action: Action) -> Result<()> {
     match action {
-        Action::Parts { spire } => {
+        Action::Parts { all } => {
             let parts = Parts::ensure(&say)?;
             say(&format!("Kubernetes {} in {}", go::KUBERNETES.version, parts.kubernetes.display()));
             say(&format!("Debian's parts in {}", parts.debian.display()));
-            if spire {
-                say(&format!("SPIRE {} in {}", go::SPIRE.version, go::SPIRE.ensure(&say)?.display()));
+            if all {
+                for tool in [go::SPIRE, go::HELM] {
+                    say(&format!("{} {} in {}", tool.name, tool.version, tool.ensure(&say)?.display()));
+                }
             }
             Ok(())
         }

@@ -13,7 +13,7 @@ use weft_cluster::{Cluster, Node, Options, image::Image, parts::debian};
 use crate::{capture::Capture, wait};
 
 /// How long anything on a cluster may take.
-pub const PATIENCE: Duration = Duration::from_secs(120);
+pub const PATIENCE: Duration = Duration::from_secs(240);
 /// The web server's image; see [`Mesh::up`].
 pub const NGINX: &str = "registry.test/nginx:1";
 const SYSTEM: &str = "weft-system";
@@ -84,7 +84,7 @@ impl Mesh {
     /// When they are not in time.
     pub fn rolled_out(&self) -> Result<()> {
         for what in ["deployment/weft-operator", "daemonset/weft-agent"] {
-            self.cluster.kubectl(&["-n", SYSTEM, "rollout", "status", what, "--timeout=120s"])?;
+            self.cluster.kubectl(&["-n", SYSTEM, "rollout", "status", what, "--timeout=240s"])?;
         }
         Ok(())
     }
@@ -119,7 +119,7 @@ impl Mesh {
     /// # Errors
     /// When they are not in time; the message holds their states.
     pub fn ready(&self, namespace: &str, pods: &[&str]) -> Result<()> {
-        let mut words = vec!["-n", namespace, "wait", "--for=condition=Ready", "--timeout=120s", "pod"];
+        let mut words = vec!["-n", namespace, "wait", "--for=condition=Ready", "--timeout=240s", "pod"];
         words.extend(pods);
         self.cluster.kubectl(&words).map(drop).with_context(|| self.diagnose())
     }

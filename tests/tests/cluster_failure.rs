@@ -108,7 +108,7 @@ fn without_agents_strict_stays_closed_and_the_rest_works() -> Result<()> {
     // Operators that start now are new Pods too.
     mesh.cluster.kubectl(&["-n", "weft-system", "rollout", "restart", "deployment/weft-operator"])?;
     mesh.cluster
-        .kubectl(&["-n", "weft-system", "rollout", "status", "deployment/weft-operator", "--timeout=120s"])
+        .kubectl(&["-n", "weft-system", "rollout", "status", "deployment/weft-operator", "--timeout=240s"])
         .context("an operator cannot start while no agent runs")
         .with_context(|| mesh.diagnose())?;
 

@@ -97,7 +97,7 @@ fn readable(mesh: &Mesh) -> Result<(usize, usize)> {
 fn the_quick_start_is_true() -> Result<()> {
     let mesh = Mesh::up(Options::default())?;
     mesh.cluster.apply(&shop())?;
-    mesh.cluster.kubectl(&["-n", SHOP, "rollout", "status", "deployment/web", "--timeout=120s"])?;
+    mesh.cluster.kubectl(&["-n", SHOP, "rollout", "status", "deployment/web", "--timeout=240s"])?;
     mesh.ready(SHOP, &["client"])?;
     mesh.ready("outside", &["client"])?;
     let web = mesh.cluster.kubectl(&[

@@ -167,7 +167,7 @@ const CLUSTER: &str = "cluster";
 
 /// Real clusters: first the tool that raises them, then Weft on them.
 fn cluster(tally: &mut Tally) -> Outcome {
-    cluster::parts(&["--spire"])?;
+    cluster::parts(&["--all"])?;
     bpf::build(Profile::Release)?;
     images::save(Profile::Release, "registry.test/weft", "test", &sh::target().join("test-images"))?;
     let mut tests = executables("weft-cluster", "--tests", Profile::Dev)?;

@@ -64,8 +64,18 @@ pub const SPIRE: Tool = Tool {
     cost: "5 min",
 };
 
+/// Helm, which renders the chart.
+pub const HELM: Tool = Tool {
+    name: "helm",
+    version: "3.22.0",
+    packages: &["helm.sh/helm/v3/cmd/helm"],
+    cgo: false,
+    ldflags: "",
+    cost: "3 min",
+};
+
 /// Every tool.
-pub const TOOLS: [Tool; 3] = [KUBERNETES, COREDNS, SPIRE];
+pub const TOOLS: [Tool; 4] = [KUBERNETES, COREDNS, SPIRE, HELM];
 
 impl Tool {
     /// The names of its programs.

@@ -85,7 +85,8 @@ async fn patiently<T, E: Retry, F: Future<Output = Result<T, E>>>(
         match ask().await {
             Ok(found) => return Ok(found),
             Err(error) if error.may_pass() && Instant::now() < end => {
-                tracing::warn!("{what} cannot be read yet: {error}");
+                let why = anyhow::Error::new(error);
+                tracing::warn!("{what} cannot be read yet, trying again: {why:#}");
                 sleep(backoff.next()).await;
             }
             Err(error) => return Err(error).with_context(|| format!("{what} cannot be read")),
