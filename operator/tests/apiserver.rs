@@ -1,5 +1,5 @@
 //! The operator's Kubernetes side against a real API server (etcd and kube-apiserver).
-#![expect(clippy::unwrap_used, clippy::disallowed_methods, reason = "tests")]
+#![expect(clippy::unwrap_used, reason = "tests")]
 
 #[path = "apiserver/crds.rs"]
 mod crds;

@@ -262,9 +262,7 @@ async fn a_hundred_changes_reach_the_node_and_the_status_in_time() {
         "pushed: median {:?}, p99 {:?}; status: median {:?}, p99 {:?}",
         pushed[50], pushed[98], written[50], written[98]
     );
-    // The slowest of them waited for other tests, not for this code.
-    assert!(written[50] < Duration::from_millis(200), "median {:?}", written[50]);
-    assert!(written[98] < Duration::from_secs(2), "p99 {:?}", written[98]);
+    assert!(written[98] < Duration::from_millis(200), "p99 {:?}", written[98]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

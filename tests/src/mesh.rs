@@ -219,14 +219,26 @@ impl Mesh {
         Capture::start(&self.cluster.node(node).netns(), "eth0", &path)
     }
 
-    /// A command of the `weft` program that is built here, where the cluster can be reached.
+    /// What the `weft` program that is built here says, where the cluster can be reached.
     ///
     /// # Errors
     /// When it fails, with what it said.
     pub fn weft(&self, words: &[&str]) -> Result<String> {
+        self.weft_by(words, &[0])
+    }
+
+    /// As [`Self::weft`], also where the answer is that something was found (exit code 1).
+    ///
+    /// # Errors
+    /// When it cannot say.
+    pub fn weft_said(&self, words: &[&str]) -> Result<String> {
+        self.weft_by(words, &[0, 1])
+    }
+
+    fn weft_by(&self, words: &[&str], fine: &[i32]) -> Result<String> {
         let output = self.cluster.command(&program("weft")?.to_string_lossy())?.args(words).output()?;
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
-        if !output.status.success() {
+        if !output.status.code().is_some_and(|code| fine.contains(&code)) {
             bail!("weft {}: {}{text}", words.join(" "), String::from_utf8_lossy(&output.stderr));
         }
         Ok(text)

@@ -93,6 +93,23 @@ fn readable(mesh: &Mesh) -> Result<(usize, usize)> {
     Ok((trace.find(CANARY.as_bytes()), trace.len()))
 }
 
+/// The commands of the quick start, through the API server: what they say of a call of each kind.
+fn tools_see_it(mesh: &Mesh) -> Result<()> {
+    let check = mesh.weft_said(&["check"])?;
+    ensure!(!check.contains("error"), "{check}");
+    let callers = mesh.weft_said(&["check", "-n", SHOP])?;
+    ensure!(callers.contains("outside/client"), "strict would break a caller that is not named: {callers}");
+    let status = mesh.weft_said(&["status", "-n", SHOP])?;
+    ensure!(status.contains("node1") && status.contains("node2"), "{status}");
+    mesh.eventually("the flows of both nodes", || {
+        let flows = mesh.weft(&["observe", "-n", SHOP, "--last", "200", "-o", "compact"])?;
+        for part in ["shop/client", "mtls(", "proxy-source", "proxy-destination", "outside/client"] {
+            ensure!(flows.contains(part), "no {part} in {flows}");
+        }
+        Ok(())
+    })
+}
+
 #[test]
 fn the_quick_start_is_true() -> Result<()> {
     let mesh = Mesh::up(Options::default())?;
@@ -126,6 +143,7 @@ fn the_quick_start_is_true() -> Result<()> {
     let (found, packets) = readable(&mesh)?;
     ensure!(found == 0 && packets > 20, "the canary was seen {found} times in {packets} packets");
     call(&mesh, "outside", "").context("permissive takes plaintext from outside")?;
+    tools_see_it(&mesh)?;
 
     // Strict: nothing from outside, probes go on, logs and exec work.
     mesh.mode(SHOP, "strict")?;

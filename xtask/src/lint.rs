@@ -148,9 +148,7 @@ fn words(name: &str, text: &str) -> Vec<String> {
         if is_unsafe && !quoted && !UNSAFE_ROOMS.iter().any(|room| name.starts_with(room)) {
             findings.push(format!("{at}: unsafe outside {}", UNSAFE_ROOMS.join(", ")));
         }
-        // A test's tasks end with its runtime.
-        let test = name.split('/').nth(1) == Some("tests");
-        if code.contains("tokio::spawn(") && !quoted && !test && !name.starts_with("runtime/") {
+        if code.contains("tokio::spawn(") && !quoted && !name.starts_with("runtime/") {
             findings.push(format!("{at}: spawn through weft_runtime::Tasks"));
         }
     }

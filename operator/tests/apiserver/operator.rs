@@ -34,6 +34,7 @@ use weft_operator::{
     kubernetes::{BUNDLE, BUNDLE_KEY, LEASE},
 };
 use weft_proto::control::{self as proto, SubscribeRequest, SubscribeResponse, subscribe_request::Message};
+use weft_runtime::Tasks;
 
 use crate::{
     objects::{api, apply, gateway_crd, weft_crds},
@@ -102,7 +103,7 @@ impl Drop for Operator {
 /// An agent that acknowledges whatever it is sent.
 struct Agent {
     issuer: client::OperatorIssuer,
-    _following: tokio::task::JoinHandle<()>,
+    _following: Tasks,
 }
 
 impl Agent {
@@ -117,7 +118,8 @@ impl Agent {
         request.metadata_mut().insert("authorization", file.read().await.unwrap());
         let mut control = proto::control_client::ControlClient::new(channel.clone());
         let deltas = control.subscribe(request).await?.into_inner();
-        let following = tokio::spawn(acknowledge(deltas, out));
+        let following = Tasks::new();
+        following.spawn("acknowledgements", acknowledge(deltas, out));
         Ok(Self { issuer: client::OperatorIssuer::new(channel, file), _following: following })
     }
 

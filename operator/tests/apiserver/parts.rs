@@ -34,7 +34,7 @@ use weft_operator::{
         secret::{CaSecret, Place},
     },
 };
-use weft_runtime::drain;
+use weft_runtime::{Tasks, drain};
 
 use crate::{objects::apply, server::ApiServer};
 
@@ -129,9 +129,10 @@ async fn one_replica_holds_the_lease(server: &ApiServer) {
     let (one, first) = Lease::new(&cluster(server, "operator-0"));
     let (two, second) = Lease::new(&cluster(server, "operator-1"));
     let ((trigger, watcher), (second_trigger, second_watcher)) = (drain::channel(), drain::channel());
-    let one = tokio::spawn(one.run(watcher));
+    let (first_tasks, tasks) = (Tasks::new(), Tasks::new());
+    first_tasks.spawn("lease", one.run(watcher));
     timeout(WAIT, first.clone().acquired()).await.unwrap();
-    let two = tokio::spawn(two.run(second_watcher));
+    let two = tasks.spawn("lease", two.run(second_watcher));
     // Several terms go by; one holds it, the other does not.
     let end = Instant::now() + Duration::from_secs(4);
     while Instant::now() < end {
@@ -141,7 +142,7 @@ async fn one_replica_holds_the_lease(server: &ApiServer) {
     assert!(first.held());
     // Given back, it goes over at once.
     trigger.drain(Duration::from_secs(5)).await;
-    one.await.unwrap();
+    assert_eq!(first_tasks.join(WAIT).await, 0);
     let given = Instant::now();
     timeout(WAIT, second.clone().acquired()).await.unwrap();
     assert!(given.elapsed() < Duration::from_secs(1), "{:?}", given.elapsed());
@@ -151,14 +152,14 @@ async fn one_replica_holds_the_lease(server: &ApiServer) {
     let crashed = Instant::now();
     let (three, third) = Lease::new(&cluster(server, "operator-2"));
     let (third_trigger, third_watcher) = drain::channel();
-    let three = tokio::spawn(three.run(third_watcher));
+    tasks.spawn("lease", three.run(third_watcher));
     timeout(WAIT, third.clone().acquired()).await.unwrap();
     assert!(crashed.elapsed() < Duration::from_millis(2500), "{:?}", crashed.elapsed());
     let leases: Api<LeaseObject> = Api::namespaced(server.client(), NAMESPACE);
     let spec = leases.get(LEASE).await.unwrap().spec.unwrap();
     assert_eq!((spec.holder_identity.as_deref(), spec.lease_transitions), (Some("operator-2"), Some(2)));
     third_trigger.drain(Duration::from_secs(5)).await;
-    three.await.unwrap();
+    assert_eq!(tasks.join(WAIT).await, 0);
     drop(second_trigger);
 }
 
@@ -257,11 +258,10 @@ async fn a_rotation_refuses_no_handshake(server: &ApiServer) {
     let (lease, leadership) = Lease::new(&cluster);
     let bundle = BundleWriter::new(&cluster);
     bundle.adopt(&authority).await.unwrap();
-    let tasks = [
-        tokio::spawn(lease.run(watcher.clone())),
-        tokio::spawn(secret.run(Arc::clone(&authority), leadership.clone(), watcher.clone())),
-        tokio::spawn(bundle.run(Arc::clone(&authority), leadership.clone(), watcher)),
-    ];
+    let tasks = Tasks::new();
+    tasks.spawn("lease", lease.run(watcher.clone()));
+    tasks.spawn("CA secret", secret.run(Arc::clone(&authority), leadership.clone(), watcher.clone()));
+    tasks.spawn("trust bundle", bundle.run(Arc::clone(&authority), leadership.clone(), watcher));
     let maps: Api<ConfigMap> = Api::namespaced(client.clone(), NAMESPACE);
     let published = async |count: usize| {
         let wait = async {
@@ -335,7 +335,5 @@ async fn a_rotation_refuses_no_handshake(server: &ApiServer) {
     timeout(WAIT, again).await.unwrap();
     published(3).await;
     trigger.drain(Duration::from_secs(5)).await;
-    for task in tasks {
-        task.await.unwrap();
-    }
+    assert_eq!(tasks.join(WAIT).await, 0);
 }

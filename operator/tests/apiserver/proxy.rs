@@ -6,15 +6,16 @@ use tokio::{
     io::copy_bidirectional,
     net::{TcpListener, TcpStream},
     sync::watch,
-    task::JoinHandle,
+    task::AbortHandle,
 };
+use weft_runtime::Tasks;
 
 /// The wire; its task ends with the value.
 pub(crate) struct Wire {
     /// Where it begins.
     pub(crate) port: u16,
     whole: Arc<watch::Sender<bool>>,
-    task: JoinHandle<()>,
+    task: AbortHandle,
 }
 
 impl Wire {
@@ -24,14 +25,16 @@ impl Wire {
         let port = listener.local_addr().unwrap().port();
         let whole = Arc::new(watch::Sender::new(true));
         let state = Arc::clone(&whole);
-        let task = tokio::spawn(async move {
+        let tasks = Tasks::new();
+        let connections = tasks.clone();
+        let task = tasks.spawn("wire", async move {
             loop {
                 let Ok((mut near, _)) = listener.accept().await else { return };
                 let mut state = state.subscribe();
                 if !*state.borrow() {
                     continue;
                 }
-                tokio::spawn(async move {
+                connections.spawn("connection", async move {
                     let Ok(mut far) = TcpStream::connect(("127.0.0.1", target)).await else { return };
                     tokio::select! {
                         _ = copy_bidirectional(&mut near, &mut far) => {}

@@ -3,7 +3,10 @@
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use serde_json::json;
-use tokio::{sync::mpsc, time::timeout};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::timeout,
+};
 use weft_operator::{
     objects::Kind,
     source::{
@@ -11,7 +14,7 @@ use weft_operator::{
         kubernetes::{KubernetesSource, Observed},
     },
 };
-use weft_runtime::drain;
+use weft_runtime::{Tasks, drain};
 
 use crate::{
     objects::{api, apply, gateway_crd, try_apply, weft_crds},
@@ -104,7 +107,12 @@ async fn watches() {
     let source = KubernetesSource::new(server.client_by(wire.port).await, Arc::clone(&observed), Vec::new());
     let (sender, batches) = mpsc::channel(64);
     let (trigger, watcher) = drain::channel();
-    let running = tokio::spawn(Box::new(source).run(sender, watcher));
+    let (ended, end) = oneshot::channel();
+    let running = Box::new(source).run(sender, watcher);
+    let tasks = Tasks::new();
+    tasks.spawn("source", async move {
+        let _ = ended.send(running.await);
+    });
     let mut feed = Feed { batches, waiting: Vec::new() };
 
     every_kind_is_in_the_first_batch(&mut feed).await;
@@ -139,7 +147,7 @@ async fn watches() {
         .await;
 
     trigger.drain(Duration::from_secs(5)).await;
-    timeout(WAIT, running).await.unwrap().unwrap().unwrap();
+    timeout(WAIT, end).await.unwrap().unwrap().unwrap();
 }
 
 async fn every_kind_is_in_the_first_batch(feed: &mut Feed) {
