@@ -36,6 +36,8 @@ pub(crate) fn delta(workloads: impl IntoIterator<Item = Workload>) -> Delta {
     let config = MeshConfig {
         trust_domain: TrustDomain::new("cluster.local").unwrap(),
         svid_lifetime: Duration::from_secs(3600),
+        issuer: Default::default(),
+        before_enrolment: Default::default(),
         namespaces: std::collections::BTreeMap::new(),
         same_node: SameNode::Shortcut,
         unknown_pods: UnknownPods::RefuseMesh,

@@ -72,6 +72,29 @@ pub struct NamespaceMode {
     pub fail_mode: FailMode,
 }
 
+/// What becomes of TCP connections that a Pod opened before it was enrolled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum BeforeEnrolment {
+    /// Those that strict mode would not have let through as they are end.
+    #[default]
+    Reset,
+    /// They go on as they are.
+    Keep,
+}
+
+/// Who signs the identities of a node's Pods.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum Issuer {
+    /// The operator's own CA.
+    #[default]
+    Embedded,
+    /// The node's SPIRE agent, through its Delegated Identity API.
+    Spire {
+        /// The path of its admin socket on each node.
+        socket: Arc<str>,
+    },
+}
+
 /// Settings of the whole mesh.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MeshConfig {
@@ -79,10 +102,16 @@ pub struct MeshConfig {
     pub trust_domain: TrustDomain,
     /// Life of an SVID from the embedded CA.
     pub svid_lifetime: Duration,
+    /// Who signs.
+    #[serde(default)]
+    pub issuer: Issuer,
     /// How two Pods of one node talk.
     pub same_node: SameNode,
     /// What unclassified Pods may do.
     pub unknown_pods: UnknownPods,
+    /// What becomes of connections from before a Pod's enrolment.
+    #[serde(default)]
+    pub before_enrolment: BeforeEnrolment,
     /// Address ranges of Pods and Services (`address/prefix`): a strict Pod that dials an address in one of them
     /// which nobody has described is held, then refused.
     pub ranges: Vec<crate::policy::Cidr>,

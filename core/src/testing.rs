@@ -25,6 +25,8 @@ pub fn config() -> MeshConfig {
     MeshConfig {
         trust_domain: TrustDomain::new("cluster.local").unwrap(),
         svid_lifetime: Duration::from_secs(3_600),
+        issuer: Default::default(),
+        before_enrolment: Default::default(),
         namespaces: BTreeMap::new(),
         same_node: SameNode::Shortcut,
         unknown_pods: UnknownPods::RefuseMesh,

@@ -6,7 +6,7 @@ use weft_core::{TrustDomain, config, policy::Cidr};
 
 use crate::{
     error::{ObjectError, Problems},
-    mesh_config::{AccessLog, IssuerType, MeshConfig, MeshConfigSpec, SameNode, UnknownPods},
+    mesh_config::{AccessLog, ConnectionsBeforeEnrolment, IssuerType, MeshConfig, MeshConfigSpec, SameNode, UnknownPods},
 };
 
 /// The settings where nobody wrote any.
@@ -39,8 +39,16 @@ pub fn convert(object: &MeshConfig) -> Result<config::MeshConfig, ObjectError> {
             format_args!("{} is out of range; write 5m to 24h", spec.issuer.embedded.svid_lifetime),
         );
     }
-    if spec.issuer.r#type == IssuerType::Spire {
-        problems.push("spec.issuer.type", "Spire is not supported by this version yet; write Embedded");
+    match (spec.issuer.r#type, &spec.issuer.spire) {
+        (IssuerType::Spire, None) => problems.push(
+            "spec.issuer.spire",
+            "type Spire needs the path of the SPIRE agent's admin socket; write spire: {socketPath: /run/spire/admin.sock}",
+        ),
+        (IssuerType::Spire, Some(spire)) if !spire.socket_path.starts_with('/') => problems.push(
+            "spec.issuer.spire.socketPath",
+            format_args!("{:?} is no absolute path; write one such as /run/spire/admin.sock", spire.socket_path),
+        ),
+        _ => {}
     }
     if spec.issuer.embedded.secret_ref.is_some() {
         problems.push(
@@ -68,6 +76,16 @@ fn from_spec(spec: &MeshConfigSpec, trust_domain: TrustDomain) -> config::MeshCo
     config::MeshConfig {
         trust_domain,
         svid_lifetime: spec.issuer.embedded.svid_lifetime.0,
+        issuer: match (spec.issuer.r#type, &spec.issuer.spire) {
+            (IssuerType::Spire, Some(spire)) => {
+                config::Issuer::Spire { socket: spire.socket_path.as_str().into() }
+            }
+            _ => config::Issuer::Embedded,
+        },
+        before_enrolment: match spec.connections_before_enrolment {
+            ConnectionsBeforeEnrolment::Reset => config::BeforeEnrolment::Reset,
+            ConnectionsBeforeEnrolment::Keep => config::BeforeEnrolment::Keep,
+        },
         namespaces: std::collections::BTreeMap::new(),
         same_node: match spec.same_node {
             SameNode::Shortcut => config::SameNode::Shortcut,

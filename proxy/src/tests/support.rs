@@ -336,6 +336,8 @@ fn config(trust_domain: TrustDomain) -> MeshConfig {
     MeshConfig {
         trust_domain,
         svid_lifetime: Duration::from_secs(3600),
+        issuer: Default::default(),
+        before_enrolment: Default::default(),
         namespaces: std::collections::BTreeMap::new(),
         same_node: SameNode::Shortcut,
         unknown_pods: UnknownPods::RefuseMesh,

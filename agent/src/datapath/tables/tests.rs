@@ -18,6 +18,8 @@ fn config() -> MeshConfig {
     MeshConfig {
         trust_domain: domain(),
         svid_lifetime: Duration::from_secs(3600),
+        issuer: Default::default(),
+        before_enrolment: Default::default(),
         namespaces: std::collections::BTreeMap::new(),
         same_node: SameNode::Shortcut,
         unknown_pods: UnknownPods::RefuseMesh,
