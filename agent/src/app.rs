@@ -25,7 +25,7 @@ use weft_proto::{
     observer::observer_server::ObserverServer,
 };
 use weft_proxy::{Proxy, ProxyConfig};
-use weft_runtime::{Admin, DrainWatcher, Readiness, Tasks, admin, drain, signal};
+use weft_runtime::{Admin, DrainWatcher, Readiness, Tasks, Workers, admin, drain, signal};
 
 use crate::{
     bundle::{self, Way},
@@ -39,10 +39,14 @@ use crate::{
         Enricher, FlowStore,
         server::{Health, Observer},
     },
+    guard,
     handover::{self, Predecessor},
+    hostpods,
+    issuers::Issuers,
     kubelet,
     metrics::NodeCollector,
     node::{self, Command, Guards, Node, NodeStatus, Progress, Published},
+    probe::Prober,
     ready,
     relay::Relay,
     snapshot,
@@ -114,6 +118,9 @@ pub async fn run(config: Config) -> Result<()> {
     let (watch, kubelet) =
         kubelet::Keeper::new(datapath.clone(), config.discovery().is_some(), &mut registry);
     tasks.spawn("kubelet", watch.run(drain.clone()));
+    let pods = hostpods::metric(&mut registry);
+    let watch = hostpods::run(datapath.clone(), config.discovery().is_some(), pods, drain.clone());
+    tasks.spawn("pod-cgroups", watch);
 
     let (operator, keeper) = bundle::channel(Way {
         uri: config.operator.clone(),
@@ -123,12 +130,14 @@ pub async fn run(config: Config) -> Result<()> {
     vital_until_drained(&tasks, "trust-bundle", &drain, keeper.run());
     let token = TokenFile::new(&config.token_file);
     let issuer = Arc::new(OperatorIssuer::new(operator.clone(), token.clone()));
-    let (credentials, reader) = CredentialManager::new(issuer, Some(run_dir.join("credentials")));
+    let (credentials, reader) = CredentialManager::new(issuer.clone(), Some(run_dir.join("credentials")));
     credentials.register(&mut registry);
+    let issuers = Issuers::new(credentials.clone(), issuer, &config.node, published.state.subscribe());
     vital_until_drained(&tasks, "credentials", &drain, credentials.clone().run(drain.clone()));
 
     let flows = FlowStore::new(FLOWS);
     let enricher = Arc::new(Enricher::new(flows.clone(), published.state.subscribe(), &mut registry));
+    let cores = std::thread::available_parallelism().context("the number of processors")?;
     let proxy = Proxy::new(
         ProxyConfig { node: config.node.clone(), ..ProxyConfig::default() },
         published.state.subscribe(),
@@ -136,12 +145,14 @@ pub async fn run(config: Config) -> Result<()> {
         enricher.clone(),
         &mut registry,
         tasks.clone(),
+        Workers::start(cores).context("no threads for connections")?,
         drain.clone(),
     );
     enricher.close_in(proxy.registry());
     enricher.log_to_stdout(&config.node, config.log_json, &tasks, drain.clone());
 
     let mut enrolment = Enrolment::new(&config.node, datapath.clone(), proxy, &mut registry);
+    let gate = discovered.as_ref().map(|found| found.gate.clone());
     if let Some(discovered) = discovered {
         enrolment = enrolment.with_discovery(discovered);
     }
@@ -154,6 +165,7 @@ pub async fn run(config: Config) -> Result<()> {
         datapath: datapath.clone(),
         enrolment,
         credentials: credentials.clone(),
+        issuers,
         flows: flows.clone(),
         published: published.clone(),
         snapshot: snapshot_path.clone(),
@@ -195,6 +207,16 @@ pub async fn run(config: Config) -> Result<()> {
         predecessor.take_over().await.context("the older agent does not drain; stop it (SIGTERM)")?;
         tracing::info!("taken over from the older agent");
     }
+    // Not before: until then Pods are the older agent's.
+    let guard = match gate {
+        Some(gate) => {
+            let socket = config.cni_socket();
+            let state = published.state.subscribe();
+            let started = guard::start(&socket, gate, config.guard(), state, &tasks, &drain, &mut registry);
+            Some(started.with_context(|| format!("cannot listen at {}", socket.display()))?)
+        }
+        None => None,
+    };
     start_events(&tasks, &config, &datapath, enricher, published.policies.subscribe(), drain.clone());
 
     let (end_serving, serving) = drain::channel();
@@ -205,14 +227,30 @@ pub async fn run(config: Config) -> Result<()> {
         started,
         datapath,
         kubelet,
+        guard,
         status: published.status.subscribe(),
         credentials,
         link,
         flows,
         readiness: readiness.clone(),
     };
-    let (asked, answers) = (observer.clone(), status.clone());
-    let relay = Relay { channel: operator, token, observer: asked, status: answers, drain: serving.clone() };
+    let prober = Prober {
+        node: config.node.as_str().into(),
+        datapath: status.datapath.clone(),
+        flows: status.flows.clone(),
+        state: published.state.subscribe(),
+        status: published.status.subscribe(),
+        turn: Arc::default(),
+    };
+    let (observer_of, status_of) = (observer.clone(), status.clone());
+    let relay = Relay {
+        channel: operator,
+        token,
+        observer: observer_of,
+        status: status_of,
+        prober,
+        drain: serving.clone(),
+    };
     vital_until_drained(&tasks, "relay", &drain, async move {
         relay.run().await;
         pending::<()>().await;
@@ -284,6 +322,7 @@ async fn load(config: &Config) -> Result<(Datapath, crate::datapath::LoadReport)
         cgroup_root: config.cgroup_root.clone(),
         bpffs: config.bpffs(),
         bpf_log: config.bpf_log,
+        map_sizes: config.map_sizes.iter().cloned().collect(),
         ..DatapathConfig::default()
     };
     let loaded = tokio::task::spawn_blocking(move || Datapath::load(settings)).await?;

@@ -7,8 +7,9 @@ use std::{
 };
 
 use clap::{Args, Parser, Subcommand};
+use weft_ebpf_common::codes::map;
 
-use crate::discovery::Settings;
+use crate::{discovery::Settings, guard};
 
 /// The agent of one node.
 #[derive(Debug, Parser)]
@@ -33,6 +34,24 @@ pub enum Command {
         /// The cgroup the programs were attached to; accepted for symmetry, the pins know it
         #[arg(long, value_name = "DIR")]
         cgroup_root: Option<PathBuf>,
+        /// The folder of the node's CNI configuration, to take the guard out of it
+        #[arg(long, value_name = "DIR")]
+        cni_conf_dir: Option<PathBuf>,
+        /// The folder of the node's CNI plugins, to remove the guard's program
+        #[arg(long, value_name = "DIR")]
+        cni_bin_dir: Option<PathBuf>,
+        /// The folder of what the agent kept on the node's disk, to remove it
+        #[arg(long, value_name = "DIR")]
+        state_dir: Option<PathBuf>,
+        /// The run folder, to remove it
+        #[arg(long, value_name = "DIR")]
+        run_dir: Option<PathBuf>,
+    },
+    /// Loads every BPF program once, attaches none, and says as JSON what this node lacks: `weft check --pre --trial`
+    Trial {
+        /// Where to
+        #[arg(long, value_name = "FILE", default_value = "/dev/termination-log")]
+        report: PathBuf,
     },
     /// Ends with success if the agent that writes the file (--ready-file) is ready: for a readiness probe
     Ready {
@@ -58,6 +77,17 @@ pub struct Config {
     /// The container runtime's NRI socket [default: beside the CRI socket's folder, or the host's]
     #[arg(long, value_name = "SOCKET", requires = "cri")]
     pub nri: Option<PathBuf>,
+    /// The folder of the node's CNI configuration: the agent adds a plugin to its chain that holds Pods of the mesh which
+    /// start while no agent runs. Without it they start, and what comes in to them is not judged until the agent is back
+    #[arg(long, value_name = "DIR", requires_all = ["cri", "cni_bin_dir", "state_dir"])]
+    pub cni_conf_dir: Option<PathBuf>,
+    /// The folder of the node's CNI plugins, where that plugin's program is put
+    #[arg(long, value_name = "DIR", requires = "cni_conf_dir")]
+    pub cni_bin_dir: Option<PathBuf>,
+    /// The folder, on the node's disk and by the same path, where the agent writes down for that plugin which namespaces
+    /// are in the mesh
+    #[arg(long, value_name = "DIR", requires = "cni_conf_dir")]
+    pub state_dir: Option<PathBuf>,
     /// The node's root folder as the agent sees it (with hostPID: PID 1's)
     #[arg(long, value_name = "DIR", default_value = "/proc/1/root")]
     pub host_root: PathBuf,
@@ -92,6 +122,11 @@ pub struct Config {
     /// How long connections may go on after a stop or a replacement, in seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub drain_seconds: u64,
+    /// Entries of a BPF map, where the usual number is not enough; a map that is pinned already keeps its size until
+    /// the node restarts or is drained and `weft-agent uninstall` has run
+    #[arg(long = "map-size", env = "WEFT_MAP_SIZES", value_name = "NAME=ENTRIES", value_delimiter = ',',
+        value_parser = map_size)]
+    pub map_sizes: Vec<(String, u32)>,
     /// Debug lines of the BPF programs (slow; shown with WEFT_LOG=weft::bpf=debug)
     #[arg(long)]
     pub bpf_log: bool,
@@ -127,6 +162,23 @@ impl Config {
         Some(Settings { cri: self.cri.clone()?, nri, host_root })
     }
 
+    /// Where the node's CNI plugin asks.
+    pub fn cni_socket(&self) -> PathBuf {
+        self.run_dir().join("cni.sock")
+    }
+
+    /// The guard that is to be installed. Its program lies beside the agent's own.
+    pub fn guard(&self) -> Option<guard::Settings> {
+        let beside = std::env::current_exe().ok()?;
+        Some(guard::Settings {
+            conf_dir: self.cni_conf_dir.clone()?,
+            bin_dir: self.cni_bin_dir.clone()?,
+            state_dir: self.state_dir.clone()?,
+            socket: self.cni_socket(),
+            program: beside.with_file_name("weft-cni"),
+        })
+    }
+
     /// Checks what the parser cannot.
     ///
     /// # Errors
@@ -140,6 +192,17 @@ impl Config {
             ));
         }
         Ok(())
+    }
+}
+
+fn map_size(text: &str) -> Result<(String, u32), String> {
+    let (name, entries) = text.split_once('=').ok_or("write NAME=ENTRIES, such as PODS=16384")?;
+    if !map::ALL.contains(&name) {
+        return Err(format!("there is no map {name:?}; the maps are {}", map::ALL.join(", ")));
+    }
+    match entries.parse() {
+        Ok(entries) if entries > 0 => Ok((name.into(), entries)),
+        _ => Err(format!("{entries:?} is no number of entries")),
     }
 }
 
@@ -193,6 +256,19 @@ mod tests {
     }
 
     #[test]
+    fn sizes_are_of_maps_that_are_there() {
+        let with = |size: &'static str| {
+            Cli::try_parse_from(ARGS.into_iter().chain(["--map-size", size]))
+                .map(|cli| cli.run.unwrap().map_sizes)
+        };
+        assert_eq!(with("PODS=5,ADDRS=9").unwrap(), [("PODS".to_owned(), 5), ("ADDRS".to_owned(), 9)]);
+        for wrong in ["PODS", "PODS=0", "PODS=many", "PILLS=3"] {
+            assert!(with(wrong).is_err(), "{wrong}");
+        }
+        assert!(with("PILLS=3").unwrap_err().to_string().contains("PODS"));
+    }
+
+    #[test]
     fn an_operator_that_kubernetes_did_not_fill_in_is_refused_with_what_to_do() {
         let mut args = ARGS;
         args[4] = "https://$(WEFT_OPERATOR_SERVICE_HOST):15012";
@@ -208,6 +284,18 @@ mod tests {
         let settings = Cli::try_parse_from(args).unwrap().run.unwrap().discovery().unwrap();
         assert_eq!(settings.host_root, Path::new("/proc/1/root"));
         assert!(Cli::try_parse_from(ARGS.into_iter().chain(["--nri", "/x"])).is_err());
+    }
+
+    #[test]
+    fn the_guard_needs_all_its_folders() {
+        let with = |more: &[&'static str]| Cli::try_parse_from(ARGS.into_iter().chain(more.iter().copied()));
+        let folders = ["--cni-conf-dir=/c", "--cni-bin-dir=/b", "--state-dir=/s"];
+        let config = with(&[&["--cri=/x"], &folders[..]].concat()).unwrap().run.unwrap();
+        let guard = config.guard().unwrap();
+        assert_eq!((guard.conf_dir, guard.socket), ("/c".into(), "/run/weft/node-a/cni.sock".into()));
+        assert!(with(&folders).is_err(), "directory mode has no CNI");
+        assert!(with(&["--cri=/x", folders[0], folders[1]]).is_err());
+        assert!(with(&["--cri=/x"]).unwrap().run.unwrap().guard().is_none());
     }
 
     #[test]

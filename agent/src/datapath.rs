@@ -26,9 +26,11 @@ use weft_proxy::platform::{PodListeners, PodNet};
 
 mod addr;
 mod attach;
+mod dial;
 mod error;
 mod events;
 mod exempt;
+mod host;
 mod listeners;
 mod loader;
 mod log;
@@ -45,19 +47,21 @@ mod revoke;
 mod slots;
 mod sys;
 mod tables;
+mod trial;
 
 pub use attach::{AttachmentStatus, VethHook};
 pub use error::DatapathError;
 #[cfg(feature = "fuzzing")]
 pub use events::fuzz as fuzz_event;
 pub use events::{CounterKey, EventStream, Hook, KernelEvent, KernelVerdict};
+pub use host::{Host, HostSpec};
 pub use log::BpfLog;
 pub use maps::MapFill;
 pub(crate) use mounts::{cgroup2_mount, in_the_nodes_cgroups};
 pub use pods::PodSpec;
 pub use reconcile::Changes;
 pub use revoke::KernelConnection;
-pub use tables::{AddressInfo, RangeInfo, Tables};
+pub use tables::{AddressInfo, FrontInfo, Fronts, RangeInfo, Tables};
 
 use attach::Attachment;
 use loader::Programs;
@@ -120,6 +124,8 @@ pub struct Enrolled {
     pub cookie: u64,
     /// The index of its host-side interface.
     pub host_ifindex: u32,
+    /// Whether the kernel knew it as a strict Pod before: it has no connections from before.
+    pub was_strict: bool,
 }
 
 /// The datapath of a node. A clone is another handle to the same one.
@@ -200,8 +206,11 @@ impl Datapath {
         let maps = Arc::new(Maps::open(&config.bpffs)?);
         let host = netns::cookie()
             .map_err(|source| DatapathError::Netns { path: "/proc/self/ns/net".into(), source })?;
-        // Before anything is attached: the node's own processes are none of our business.
-        maps.pods.set(&host, &passed(host))?;
+        // Before anything is attached: the node's own processes are none of our business. What an earlier agent steers
+        // goes on; where its listeners are gone connections pass.
+        if !maps.pods.get(&host)?.is_some_and(|entry| host::steered(&entry)) {
+            maps.pods.set(&host, &passed(host))?;
+        }
         let switches = maps.config.get(&0)?.unwrap_or_default();
         let generation = switches.generation.wrapping_add(1);
         maps.config.set(&0, &Config { generation, ..switches })?;
@@ -243,7 +252,7 @@ impl Datapath {
         let mut pods = inner.pods.lock();
         inner.in_charge()?;
         let mut inside = inner.ground().enter(&mut pods, spec)?;
-        let cookie = inside.cookie();
+        let (cookie, was_strict) = (inside.cookie(), inside.was_strict());
         // A new sandbox of the same Pod, or a namespace that changed hands: the old one goes first.
         let stale =
             |(uid, e): &(&WorkloadUid, &pods::Enrolment)| (*uid == &spec.uid) != (e.entry.cookie == cookie);
@@ -267,8 +276,15 @@ impl Datapath {
             listeners.inbound.push(v6.inbound);
             listeners.tunnel.push(v6.tunnel);
         }
-        let net = podnet::PodNetwork::new(enrolment.netns.clone(), inner.maps.clone());
-        Ok(Enrolled { net: Arc::new(net), listeners, cookie, host_ifindex: enrolment.entry.ifindex })
+        let net = podnet::PodNetwork::new(enrolment.netns.clone(), inner.maps.clone())
+            .with_addresses(&spec.addresses);
+        Ok(Enrolled {
+            net: Arc::new(net),
+            listeners,
+            cookie,
+            host_ifindex: enrolment.entry.ifindex,
+            was_strict,
+        })
     }
 
     /// Gives an enrolled Pod another subject, mode or fail mode. Listeners and connections stay.
@@ -372,7 +388,8 @@ impl Datapath {
                     true => Target::Interface(index),
                     false => Target::Fd(namespace.as_fd()),
                 };
-                statuses.push(attachment.check(&inner.programs, repair.then_some(target)));
+                let status = attachment.check(&inner.programs, repair.then_some(target));
+                statuses.push(AttachmentStatus { pod: Some(enrolment.spec.uid.clone()), ..status });
             }
         }
         statuses
@@ -459,15 +476,6 @@ impl Datapath {
             }
         }
         Ok(swept)
-    }
-
-    /// Ends what passes beside the proxy and is `denied` now: resets TCP connections between Pods of this node,
-    /// forgets flows of other protocols. Returns how many.
-    ///
-    /// # Errors
-    /// When sockets cannot be listed or ended.
-    pub fn revoke(&self, denied: impl FnMut(KernelConnection<'_>) -> bool) -> Result<usize, DatapathError> {
-        revoke::revoke(&self.inner.pods.lock(), &self.inner.maps, denied)
     }
 
     /// Takes everything out of the kernel that is pinned or noted in `bpffs`: every Pod passes untouched afterwards.

@@ -22,6 +22,7 @@ use weft_core::{MeshState, NamespacedName, WorkloadUid, workload::Mode};
 use weft_runtime::{Backoff, DrainWatcher, Tasks};
 
 mod cri;
+mod gate;
 mod netns;
 mod nri;
 mod proc;
@@ -29,6 +30,7 @@ mod table;
 mod verdict;
 
 pub use cri::CriError;
+pub use gate::Gate;
 pub(crate) use verdict::expected;
 
 use cri::{Cri, List};
@@ -149,6 +151,8 @@ pub struct Discovered {
     pub sandboxes: watch::Receiver<Option<Arc<Sandboxes>>>,
     /// What became of them.
     pub placements: watch::Sender<Arc<Placements>>,
+    /// Answers the node's CNI plugin.
+    pub gate: Gate,
 }
 
 impl Discovered {
@@ -199,6 +203,7 @@ pub fn start(
     );
     let changed = Arc::new(Notify::new());
     let verdicts = Verdicts { placements: placements.subscribe(), state };
+    let gate = Gate { root: settings.host_root.clone(), events: events.clone(), verdicts: verdicts.clone() };
     let plugin = Plugin { root: settings.host_root.clone(), events: events.clone(), verdicts };
     let until_drained = |work: BoxFuture<'static, ()>| {
         let drain = drain.clone();
@@ -229,7 +234,7 @@ pub fn start(
         }
         asked.set(0);
     });
-    Ok(Discovered { sandboxes, placements })
+    Ok(Discovered { sandboxes, placements, gate })
 }
 
 /// Keeps the table, alone.
@@ -239,8 +244,14 @@ async fn keep(mut queue: mpsc::Receiver<Event>, known: watch::Sender<Option<Arc<
     while let Some(event) = queue.recv().await {
         let now = Instant::now();
         match event {
-            Event::Began(sandbox) => table.began(*sandbox, now),
-            Event::Ended(id) => table.ended(&id),
+            Event::Began(sandbox) => {
+                table.ended(&early(&sandbox.id));
+                table.began(*sandbox, now);
+            }
+            Event::Ended(id) => {
+                table.ended(&early(&id));
+                table.ended(&id);
+            }
             Event::Listed(list, open) => {
                 // Whoever does not wait any more asks again.
                 let _ = open.send(table.listed(&list.listed(), now));
@@ -416,6 +427,11 @@ fn isolation(handler: &str, kind: Option<&str>) -> Option<String> {
 fn uid(text: &str) -> Option<WorkloadUid> {
     let plain = |b: u8| b.is_ascii_alphanumeric() || b == b'-';
     ((1..=64).contains(&text.len()) && text.bytes().all(plain)).then(|| text.into())
+}
+
+/// The id of a sandbox while only the CNI plugin has told of it.
+fn early(id: &str) -> String {
+    format!("cni:{id}")
 }
 
 /// The mode that a Pod's labels ask for; it may only tighten its namespace's.

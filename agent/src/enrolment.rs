@@ -12,7 +12,7 @@ use prometheus_client::{
     registry::Registry,
 };
 use tokio::sync::watch;
-use weft_core::{MeshState, NamespacedName, SpiffeId, Workload, WorkloadUid};
+use weft_core::{MeshState, NamespacedName, SpiffeId, Workload, WorkloadUid, workload::Mode};
 use weft_proxy::{PodHandle, Proxy};
 
 use crate::{
@@ -21,6 +21,7 @@ use crate::{
 };
 
 mod goal;
+mod host;
 
 use goal::{Goal, Wanted, goals};
 
@@ -68,19 +69,26 @@ pub struct Enrolment {
     proxy: Proxy,
     discovered: Option<Discovered>,
     pods: BTreeMap<WorkloadUid, (Wanted, Standing)>,
+    host: host::Standing,
     /// Pods that are gone and cannot be removed yet.
     leaving: bool,
+    /// Pods that became strict and may have connections from before.
+    earlier: HashSet<WorkloadUid>,
     metrics: Metrics,
 }
 
 /// The Pods of `node`.
 pub fn local<'a>(state: &'a MeshState, node: &'a str) -> impl Iterator<Item = &'a Arc<Workload>> {
-    state.workloads().filter(move |w| &*w.node == node)
+    state.workloads().filter(move |w| &*w.node == node && !w.is_node())
 }
 
 /// The identities for which `node` needs SVIDs: from the moment a Pod is scheduled, not when it first talks.
 pub fn identities(state: &MeshState, node: &str) -> BTreeSet<SpiffeId> {
-    local(state, node).filter(|w| w.mode.enrolled()).map(|w| w.identity.clone()).collect()
+    local(state, node)
+        .filter(|w| w.mode.enrolled())
+        .chain(state.node(node))
+        .map(|w| w.identity.clone())
+        .collect()
 }
 
 impl Enrolment {
@@ -110,7 +118,9 @@ impl Enrolment {
             proxy,
             discovered: None,
             pods: BTreeMap::new(),
+            host: host::Standing::default(),
             leaving: false,
+            earlier: HashSet::new(),
             metrics,
         }
     }
@@ -139,6 +149,7 @@ impl Enrolment {
                 known => known,
             },
         };
+        self.host.bring(&self.datapath, &self.proxy, state, &self.node, anew);
         let wanted = goals(state, &self.node, found.as_deref());
         let gone: Vec<_> = self.pods.keys().filter(|uid| !wanted.contains_key(uid)).cloned().collect();
         self.leaving = false;
@@ -173,7 +184,8 @@ impl Enrolment {
         self.metrics.enrolled.set(count(|s| matches!(s, Standing::Enrolled(_))));
         self.metrics.held.set(count(|s| matches!(s, Standing::Held(_))));
         self.tell();
-        tightened
+        self.earlier.retain(|uid| self.pods.contains_key(uid));
+        tightened || !self.earlier().is_empty()
     }
 
     /// Tells the container runtime's plugin what became of each sandbox.
@@ -196,9 +208,23 @@ impl Enrolment {
         });
     }
 
+    /// Pods in the mesh that became strict since [`Self::settled`]: connections from before may have to end.
+    pub fn earlier(&self) -> HashSet<WorkloadUid> {
+        let enrolled = |uid: &&WorkloadUid| matches!(self.pods.get(*uid), Some((_, Standing::Enrolled(_))));
+        self.earlier.iter().filter(enrolled).cloned().collect()
+    }
+
+    /// The connections from before of these Pods were looked at.
+    pub fn settled(&mut self, pods: &HashSet<WorkloadUid>) {
+        self.earlier.retain(|uid| !pods.contains(uid));
+    }
+
     /// Whether a Pod waits for another try.
     pub fn incomplete(&self) -> bool {
-        self.leaving || self.pods.values().any(|(_, s)| matches!(s, Standing::Failed(_)))
+        self.leaving
+            || self.host.failed()
+            || !self.earlier().is_empty()
+            || self.pods.values().any(|(_, s)| matches!(s, Standing::Failed(_)))
     }
 
     /// The Pods whose traces in the kernel must stay; `None` while nobody can tell.
@@ -231,7 +257,7 @@ impl Enrolment {
     }
 
     fn place(
-        &self,
+        &mut self,
         uid: &WorkloadUid,
         wanted: &Wanted,
         before: Option<&(Wanted, Standing)>,
@@ -253,7 +279,7 @@ impl Enrolment {
         }
     }
 
-    fn member(&self, wanted: &Wanted, spec: &PodSpec, before: Option<&Standing>, anew: bool) -> Standing {
+    fn member(&mut self, wanted: &Wanted, spec: &PodSpec, before: Option<&Standing>, anew: bool) -> Standing {
         let pod = &wanted.name;
         if let Some(Standing::Enrolled(old)) = before
             && !anew
@@ -264,7 +290,12 @@ impl Enrolment {
                 return Standing::Enrolled(spec.clone());
             }
             match self.datapath.update(&spec.uid, spec.subject, spec.mode, spec.fail_mode) {
-                Ok(()) => return Standing::Enrolled(spec.clone()),
+                Ok(()) => {
+                    if old.mode != Mode::Strict && spec.mode == Mode::Strict {
+                        self.earlier.insert(spec.uid.clone());
+                    }
+                    return Standing::Enrolled(spec.clone());
+                }
                 Err(error) => tracing::warn!(%pod, %error, "cannot be updated; enrolling it anew"),
             }
         }
@@ -279,7 +310,7 @@ impl Enrolment {
     }
 
     /// Puts a Pod into the kernel and closes its listeners at once: without them the hooks refuse.
-    fn hold(&self, wanted: &Wanted, spec: &PodSpec, before: Option<&Standing>, anew: bool) -> Standing {
+    fn hold(&mut self, wanted: &Wanted, spec: &PodSpec, before: Option<&Standing>, anew: bool) -> Standing {
         if let Some(Standing::Held(old)) = before
             && !anew
             && old == spec
@@ -288,11 +319,19 @@ impl Enrolment {
         }
         self.proxy.remove_pod(&spec.uid);
         match self.datapath.enroll(spec) {
-            Ok(_) => {
+            Ok(enrolled) => {
+                self.note(spec, enrolled.was_strict);
                 tracing::info!(pod = %wanted.name, "held until the operator has described it");
                 Standing::Held(spec.clone())
             }
             Err(error) => self.failed(&wanted.name, chain(&error), before),
+        }
+    }
+
+    /// Notes that a Pod is strict now and was not before, as the kernel says: an earlier agent may have enrolled it.
+    fn note(&mut self, spec: &PodSpec, was_strict: bool) {
+        if spec.mode == Mode::Strict && !was_strict {
+            self.earlier.insert(spec.uid.clone());
         }
     }
 
@@ -304,9 +343,10 @@ impl Enrolment {
         Standing::Failed(problem)
     }
 
-    fn enrol(&self, spec: &PodSpec) -> Result<(), String> {
+    fn enrol(&mut self, spec: &PodSpec) -> Result<(), String> {
         let began = Instant::now();
         let enrolled = self.datapath.enroll(spec).map_err(|e| chain(&e))?;
+        self.note(spec, enrolled.was_strict);
         self.proxy
             .add_pod(PodHandle { uid: spec.uid.clone(), net: enrolled.net, listeners: enrolled.listeners })
             .map_err(|e| format!("the proxy cannot take its listeners: {e}"))?;

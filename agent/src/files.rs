@@ -48,6 +48,25 @@ pub fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
     durable::replace(path, content, 0o600)
 }
 
+/// Removes the run folder with what is in it, and the other folders where nothing is left in them.
+///
+/// # Errors
+/// When one cannot be removed.
+pub fn remove<const N: usize>(run_dir: Option<&Path>, empty: [Option<&Path>; N]) -> io::Result<()> {
+    if let Some(folder) = run_dir {
+        gone(fs::remove_dir_all(folder))?;
+    }
+    empty.into_iter().flatten().try_for_each(|folder| gone(fs::remove_dir(folder)))
+}
+
+/// What was not there, or holds something of somebody else's, is fine.
+fn gone(removed: io::Result<()>) -> io::Result<()> {
+    match removed {
+        Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::DirectoryNotEmpty) => Ok(()),
+        other => other,
+    }
+}
+
 fn beside(path: &Path) -> PathBuf {
     let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
     path.with_file_name(format!(".{name}.{}", std::process::id()))

@@ -8,6 +8,7 @@ use weft_agent::{
     app,
     config::{Cli, Command},
     datapath::Datapath,
+    files, guard,
 };
 use weft_runtime::telemetry;
 
@@ -16,13 +17,30 @@ fn main() -> ExitCode {
     let json = cli.run.as_ref().is_some_and(|c| c.log_json);
     telemetry::init("info", json);
     match (cli.command, cli.run) {
-        (Some(Command::Uninstall { bpffs, .. }), _) => match Datapath::uninstall(&bpffs) {
-            Ok(()) => {
-                tracing::info!(bpffs = %bpffs.display(), "everything pinned was removed; Pods pass untouched");
-                ExitCode::SUCCESS
+        (Some(Command::Uninstall { bpffs, cni_conf_dir, cni_bin_dir, state_dir, run_dir, .. }), _) => {
+            let guard = guard::remove(cni_conf_dir.as_deref(), cni_bin_dir.as_deref(), state_dir.as_deref());
+            let pinned = Datapath::uninstall(&bpffs);
+            let folders = files::remove(run_dir.as_deref(), [Some(&*bpffs), state_dir.as_deref()]);
+            if let Err(error) = folders {
+                return failed(&error.into());
             }
-            Err(error) => failed(&error.into()),
-        },
+            match (pinned, guard) {
+                (Ok(()), Ok(())) => {
+                    tracing::info!(bpffs = %bpffs.display(), "everything pinned was removed; Pods pass untouched");
+                    ExitCode::SUCCESS
+                }
+                (Err(error), _) => failed(&error.into()),
+                (_, Err(error)) => failed(&error.into()),
+            }
+        }
+        (Some(Command::Trial { report }), _) => {
+            let found = Datapath::trial().to_string();
+            tracing::info!("{found}");
+            match std::fs::write(&report, &found) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(error) => failed(&error.into()),
+            }
+        }
         (Some(Command::Ready { file }), _) => {
             if file.exists() {
                 ExitCode::SUCCESS

@@ -1,6 +1,7 @@
 //! The node's state machine: takes configuration, brings kernel, proxy and Pods to it in a safe order.
 
 use std::{
+    collections::HashSet,
     path::PathBuf,
     sync::Arc,
     time::{Duration, Instant, SystemTime},
@@ -8,7 +9,7 @@ use std::{
 
 use prometheus_client::{metrics::counter::Counter, registry::Registry};
 use tokio::sync::{mpsc, oneshot, watch};
-use weft_core::{Delta, MeshState, NamespacedName, ResourceKey, Version};
+use weft_core::{Delta, MeshState, NamespacedName, ResourceKey, Version, config::BeforeEnrolment};
 use weft_identity::CredentialManager;
 use weft_runtime::{DrainWatcher, ReadyGuard};
 
@@ -17,6 +18,7 @@ use crate::{
     discovery::Sandboxes,
     enrolment::{self, Enrolment, LocalPod, chain},
     flow::FlowStore,
+    issuers::Issuers,
     snapshot,
 };
 
@@ -26,6 +28,8 @@ pub use revocation::denied;
 
 /// How often attachments are looked at, failed Pods are tried again and ring losses are noted.
 const TICK: Duration = Duration::from_secs(1);
+/// How long a snapshot that could not be written waits for another try.
+const KEEP_AGAIN: Duration = Duration::from_secs(5);
 /// How long a takeover waits for credentials.
 const CREDENTIALS_WAIT: Duration = Duration::from_secs(10);
 
@@ -56,6 +60,8 @@ pub struct NodeStatus {
     pub changed: Option<SystemTime>,
     /// Why the newest configuration is not enforced.
     pub problem: Option<String>,
+    /// Why the newest configuration is not kept for a restart.
+    pub unkept: Option<String>,
     /// The Pods.
     pub pods: Vec<LocalPod>,
     /// The programs.
@@ -94,6 +100,8 @@ pub struct Node {
     pub enrolment: Enrolment,
     /// Its credentials.
     pub credentials: CredentialManager,
+    /// Where they come from.
+    pub issuers: Issuers,
     /// Its flows, which learn of losses.
     pub flows: FlowStore,
     /// Where its state goes.
@@ -117,6 +125,7 @@ pub struct Metrics {
     lost: Counter,
     applied: Counter,
     failed: Counter,
+    unkept: Counter,
     revoked: Counter,
 }
 
@@ -141,8 +150,13 @@ impl Metrics {
             metrics.failed.clone(),
         );
         registry.register(
+            "weft_snapshot_failures",
+            "Configuration changes that could not be kept for a restart",
+            metrics.unkept.clone(),
+        );
+        registry.register(
             "weft_kernel_connections_revoked",
-            "Connections beside the proxy that were ended because policy changed",
+            "Connections beside the proxy that were ended because policy or a Pod's mode changed",
             metrics.revoked.clone(),
         );
         metrics
@@ -169,6 +183,8 @@ pub struct Progress {
     /// Losses that are to be recorded by the next tick.
     unrecorded: u64,
     repairs: u64,
+    /// When the snapshot, which could not be written, is tried again.
+    keep_again: Option<Instant>,
 }
 
 /// Runs the node until the commands end. Work on the kernel runs on the blocking pool.
@@ -253,6 +269,10 @@ impl Node {
             delta.upserted.extend(before.to_delta().upserted.into_iter().filter(|r| keep.contains(&r.key())));
         }
         let state = Arc::new(before.apply(&delta));
+        if let Some(config) = state.config() {
+            // First: a signature is asked of nobody who is not the issuer.
+            self.issuers.choose(&config.issuer);
+        }
         self.credentials.want(enrolment::identities(&state, &self.name));
         if let Some(config) = state.config() {
             self.flows.resize(usize::try_from(config.telemetry.flow_capacity).unwrap_or(usize::MAX));
@@ -276,7 +296,7 @@ impl Node {
     fn credentials_held(&self) -> bool {
         let deadline = Instant::now() + CREDENTIALS_WAIT;
         loop {
-            if self.credentials.status().iter().all(|s| s.not_after.is_some()) {
+            if self.held() {
                 return true;
             }
             if Instant::now() >= deadline {
@@ -284,6 +304,11 @@ impl Node {
             }
             std::thread::sleep(Duration::from_millis(20));
         }
+    }
+
+    /// Whether every Pod's identity has a credential. The node's own is for its own network, where all goes on without.
+    fn held(&self) -> bool {
+        self.credentials.status().iter().all(|s| s.not_after.is_some() || s.id.as_node().is_some())
     }
 
     /// Kernel first, so that nothing new is let through before its rows are there; then the proxy; then the Pods.
@@ -314,20 +339,47 @@ impl Node {
             let s = Arc::make_mut(s);
             (s.version, s.changed, s.problem) = (state.version(), Some(SystemTime::now()), None);
         });
-        if let Err(error) = snapshot::store(&self.snapshot, state) {
-            tracing::warn!(error = %chain(&error), "a restart without the operator would begin with older configuration");
-        }
+        self.keep(state);
         if let Some(guard) = self.guards.config.take() {
             guard.ready();
         }
     }
 
-    fn revoke(&self, state: &MeshState) {
-        match self.datapath.revoke(|connection| denied(state, &connection)) {
+    /// Keeps the state for a restart; a folder that is full is tried again, since no other change may come for long.
+    fn keep(&mut self, state: &MeshState) {
+        let unkept = snapshot::store(&self.snapshot, state).err().map(|error| chain(&error));
+        self.progress.keep_again = unkept.as_ref().map(|_| Instant::now() + KEEP_AGAIN);
+        let known = self.published.status.borrow().unkept.clone();
+        if let Some(problem) = &unkept {
+            self.metrics.unkept.inc();
+            if known.is_none() {
+                tracing::error!(%problem, "a restart without the operator would begin with older configuration; trying again");
+            }
+        } else if known.is_some() {
+            tracing::info!("the configuration is kept for a restart again");
+        }
+        if known != unkept {
+            self.published.status.send_modify(|s| Arc::make_mut(s).unkept = unkept);
+        }
+    }
+
+    fn revoke(&mut self, state: &MeshState) {
+        let earlier = self.enrolment.earlier();
+        let resets = state.config().is_some_and(|c| c.before_enrolment == BeforeEnrolment::Reset);
+        let revoked = self.datapath.revoke(|connection| denied(state, &connection)).and_then(|ended| {
+            let tightened = if resets { &earlier } else { &HashSet::new() };
+            let more = self.datapath.end_earlier(tightened, |connection| denied(state, &connection))?;
+            self.enrolment.settled(&earlier);
+            Ok(ended + more)
+        });
+        match revoked {
             Ok(0) => {}
             Ok(ended) => {
                 self.metrics.revoked.inc_by(ended as u64);
-                tracing::info!(ended, "connections beside the proxy that policy no longer allows were ended");
+                tracing::info!(
+                    ended,
+                    "connections beside the proxy that the mesh no longer allows were ended"
+                );
             }
             Err(error) => {
                 tracing::error!(error = %chain(&error), "connections beside the proxy cannot be looked at");
@@ -352,10 +404,9 @@ impl Node {
 
     fn tick(&mut self) {
         self.note_losses();
-        let held = || self.credentials.status().iter().all(|s| s.not_after.is_some());
         if self.guards.config.is_none()
             && self.guards.credentials.is_some()
-            && held()
+            && self.held()
             && let Some(guard) = self.guards.credentials.take()
         {
             guard.ready();
@@ -367,6 +418,9 @@ impl Node {
                 self.enforce(&state, false);
             } else if self.enrolment.incomplete() {
                 self.bring(&state);
+            }
+            if self.progress.keep_again.is_some_and(|at| Instant::now() >= at) {
+                self.keep(&state);
             }
         }
         self.publish_status();

@@ -17,7 +17,8 @@ pub async fn tell(file: PathBuf, readiness: Readiness, drain: DrainWatcher) {
         () = readiness.wait() => {}
         () = drain.draining() => return,
     }
-    if let Err(error) = files::replace(&file, b"ready\n") {
+    // Without content, for which a full disk would have no room.
+    if let Err(error) = files::replace(&file, b"") {
         tracing::error!(%error, file = %file.display(), "nobody learns that the agent is ready; see --ready-file");
     }
     drain.draining().await;

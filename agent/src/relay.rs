@@ -3,7 +3,6 @@
 
 use std::{
     collections::HashMap,
-    fs,
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -23,7 +22,9 @@ use weft_proto::{
 };
 use weft_runtime::{Backoff, DrainWatcher};
 
-use crate::{flow::server::Observer, status::AgentStatus};
+use crate::{flow::server::Observer, probe::Prober, status::AgentStatus};
+
+mod routes;
 
 /// Questions that are answered at one time.
 const MAX_QUESTIONS: usize = 16;
@@ -44,6 +45,8 @@ pub struct Relay {
     pub observer: Observer,
     /// Answers for the state.
     pub status: AgentStatus,
+    /// Makes probes.
+    pub prober: Prober,
     /// Ends it.
     pub drain: DrainWatcher,
 }
@@ -148,7 +151,7 @@ impl Relay {
         let credit = Arc::new(Semaphore::new(first as usize));
         let (cancel, cancelled) = oneshot::channel::<()>();
         open.insert(id, Open { credit: Arc::clone(&credit), _cancel: cancel });
-        let (observer, status) = (self.observer.clone(), self.status.clone());
+        let (observer, status, prober) = (self.observer.clone(), self.status.clone(), self.prober.clone());
         Some(Box::pin(async move {
             let work = async {
                 let outcome = match question.question {
@@ -156,6 +159,13 @@ impl Relay {
                         let told = node_status(&status).await;
                         if let Ok(told) = &told {
                             send(&answers, id, id, Body::Status(told.clone())).await;
+                        }
+                        told.map(drop)
+                    }
+                    Some(Asked::Probe(probe)) => {
+                        let told = prober.probe(&probe).await;
+                        if let Ok(told) = &told {
+                            send(&answers, id, id, Body::Probe(told.clone())).await;
                         }
                         told.map(drop)
                     }
@@ -200,9 +210,11 @@ async fn answer_flows(
 
 async fn node_status(status: &AgentStatus) -> Result<NodeStatus, Status> {
     let agent = status.status(Request::new(StatusRequest {})).await?.into_inner();
-    // Two small files of the kernel.
-    let mtu = mtu().unwrap_or_default();
-    Ok(NodeStatus { agent: Some(agent), clock: Some(SystemTime::now().into()), mtu })
+    // Small files of the kernel.
+    let routes = routes::all();
+    let mtu = routes.iter().find(|r| r.destination.ends_with("/0")).map(|r| r.mtu).unwrap_or_default();
+    let routes = routes.into_iter().filter(|r| !r.destination.ends_with("/0")).collect();
+    Ok(NodeStatus { agent: Some(agent), clock: Some(SystemTime::now().into()), mtu, routes })
 }
 
 fn end(outcome: &Result<(), Status>) -> End {
@@ -214,53 +226,9 @@ fn end(outcome: &Result<(), Status>) -> End {
     }
 }
 
-/// The MTU of the interface of the default route.
-fn mtu() -> Option<u32> {
-    let four = fs::read_to_string("/proc/net/route").ok().and_then(|t| default_interface(&t));
-    let six = || fs::read_to_string("/proc/net/ipv6_route").ok().and_then(|t| default_interface6(&t));
-    let name = four.or_else(six)?;
-    if name.is_empty() || name.contains(['/', '.']) {
-        return None;
-    }
-    fs::read_to_string(format!("/sys/class/net/{name}/mtu")).ok()?.trim().parse().ok()
-}
-
-/// From `/proc/net/route`: interface, destination, ..., mask in the eighth column.
-fn default_interface(table: &str) -> Option<String> {
-    table.lines().skip(1).find_map(|line| {
-        let columns: Vec<&str> = line.split_whitespace().collect();
-        let default = columns.get(1) == Some(&"00000000") && columns.get(7) == Some(&"00000000");
-        default.then(|| columns.first().map(|n| (*n).to_owned())).flatten()
-    })
-}
-
-/// From `/proc/net/ipv6_route`: destination, its prefix length, ..., interface last.
-fn default_interface6(table: &str) -> Option<String> {
-    table.lines().find_map(|line| {
-        let columns: Vec<&str> = line.split_whitespace().collect();
-        let zero = |c: Option<&&str>| c.is_some_and(|c| c.bytes().all(|b| b == b'0'));
-        let name = columns.last().filter(|n| **n != "lo")?;
-        (zero(columns.first()) && columns.get(1) == Some(&"00")).then(|| (*name).to_owned())
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_default_route_is_found() {
-        let table = "Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\n\
-                     cni0\t00001A0A\t00000000\t0001\t0\t0\t0\t00FFFFFF\n\
-                     eth0\t00000000\t0100630A\t0003\t0\t0\t0\t00000000\n";
-        assert_eq!(default_interface(table).as_deref(), Some("eth0"));
-        let zero = "0".repeat(32);
-        let six = format!(
-            "{zero} 00 {zero} 00 {zero} ffffffff 1 0 00200200 lo\n{zero} 00 {zero} 00 fe80 00000400 1 0 3 eth1\n"
-        );
-        assert_eq!(default_interface6(&six).as_deref(), Some("eth1"));
-        assert_eq!(default_interface(""), None);
-    }
 
     #[test]
     fn ends_are_short() {

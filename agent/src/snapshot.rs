@@ -17,7 +17,9 @@ const MAX_SIZE: u64 = 512 << 20;
 #[derive(Debug, thiserror::Error)]
 pub enum SnapshotError {
     /// The file cannot be read or written.
-    #[error("the snapshot {path} cannot be used; check the run folder")]
+    #[error(
+        "the snapshot {path} cannot be used; check the run folder, and whether its file system is full (df)"
+    )]
     File {
         /// Where.
         path: PathBuf,

@@ -4,13 +4,16 @@ use std::{sync::Arc, time::SystemTime};
 
 use tokio::sync::watch;
 use tonic::{Request, Response, Status};
+use weft_core::{NamespacedName, WorkloadUid};
 use weft_identity::CredentialManager;
 use weft_proto::agent::{
     Config, FlowRing, Map, Pod, Program, StatusRequest, StatusResponse, Svid, agent_server,
 };
 use weft_runtime::Readiness;
 
-use crate::{control::Link, datapath::Datapath, flow::FlowStore, kubelet::Kubelet, node::NodeStatus};
+use crate::{
+    control::Link, datapath::Datapath, flow::FlowStore, guard::Guard, kubelet::Kubelet, node::NodeStatus,
+};
 
 /// Everything the answer is made of.
 #[derive(Clone)]
@@ -25,6 +28,8 @@ pub struct AgentStatus {
     pub datapath: Datapath,
     /// The node's kubelet.
     pub kubelet: Kubelet,
+    /// The guard on the node; `None` in directory mode.
+    pub guard: Option<Guard>,
     /// The node.
     pub status: watch::Receiver<Arc<NodeStatus>>,
     /// The credentials.
@@ -52,7 +57,10 @@ impl AgentStatus {
                 .map(|a| Program {
                     name: a.program.into(),
                     id: a.id,
-                    attached_to: a.attached_to.clone(),
+                    attached_to: match pod_of(&node, a.pod.as_ref()) {
+                        Some(name) => format!("Pod {name} ({})", a.attached_to),
+                        None => a.attached_to.clone(),
+                    },
                     healthy: a.healthy,
                     repairs: a.repairs,
                     // A problem that a repair has ended is history.
@@ -61,6 +69,12 @@ impl AgentStatus {
                 .chain(self.kubelet.problem().map(|problem| Program {
                     name: "kubelet-probes".into(),
                     attached_to: "strict Pods".into(),
+                    problem: problem.to_string(),
+                    ..Program::default()
+                }))
+                .chain(self.guard.as_ref().and_then(Guard::problem).map(|problem| Program {
+                    name: "cni-guard".into(),
+                    attached_to: "the node's CNI chain".into(),
                     problem: problem.to_string(),
                     ..Program::default()
                 }))
@@ -96,13 +110,19 @@ impl AgentStatus {
                         (Some(_), None) => String::new(),
                     },
                     not_after: s.not_after.map(Into::into),
+                    issued_by: s.issued_by.unwrap_or_default(),
+                    serial: s.serial.unwrap_or_default(),
                 })
                 .collect(),
             config: Some(Config {
                 version: node.version.to_string(),
                 connected: self.link.connected(),
                 last_change: node.changed.map(Into::into),
-                problem: node.problem.clone().or_else(|| self.link.problem()).unwrap_or_default(),
+                problem: [node.problem.clone(), self.link.problem(), node.unkept.clone()]
+                    .into_iter()
+                    .flatten()
+                    .collect::<Vec<_>>()
+                    .join("; "),
                 rejected: self
                     .link
                     .rejected()
@@ -126,6 +146,11 @@ impl AgentStatus {
             not_ready: self.readiness.missing().into_iter().map(Into::into).collect(),
         }
     }
+}
+
+/// The name of the Pod that a program is for.
+fn pod_of<'a>(node: &'a NodeStatus, uid: Option<&WorkloadUid>) -> Option<&'a NamespacedName> {
+    node.pods.iter().find(|p| Some(&p.uid) == uid).map(|p| &p.name)
 }
 
 #[tonic::async_trait]

@@ -28,6 +28,7 @@ pub(crate) fn workload(name: &str, node: &str, address: &str, subject: u32) -> W
         fail_mode: FailMode::Closed,
         policies: Vec::new(),
         network_policy: false,
+        host_addresses: Vec::new(),
         netns: Some(format!("/run/netns/{name}")),
     }
 }

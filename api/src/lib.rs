@@ -10,6 +10,7 @@ pub mod crdgen;
 pub mod error;
 pub mod labels;
 pub mod mesh_config;
+pub mod reference;
 pub mod status;
 pub mod traffic;
 pub mod values;

@@ -13,8 +13,8 @@ use aya_obj::{Object, generated::bpf_map_type};
 use weft_bpf_tests::object;
 use weft_core::flow::Reason;
 use weft_ebpf_common::{
-    AddrInfo, Config, CountKey, Event, FragKey, ListenerKey, OrigDst, Pod, PolicyKey, PolicyVal, Probe,
-    SkMeta, Tuple, VipKey,
+    AddrInfo, Config, CountKey, Event, FragKey, Front, FrontKey, ListenerKey, OrigDst, Pod, PolicyKey,
+    PolicyVal, Probe, SkMeta, Tuple, VipKey,
     codes::{map, program, reason, stat, subject},
 };
 
@@ -88,6 +88,8 @@ fn sizes_and_offsets_agree() {
     agree!(structs, PolicyVal { verdict, pad, policy });
     agree!(structs, FragKey { src, dst, id, proto, hook, pad });
     agree!(structs, Probe { seen, cgroup });
+    agree!(structs, FrontKey { addr, port, proto, pad });
+    agree!(structs, Front { subject, flags, port, pad });
     agree!(structs, CountKey { src, dst, reason, dir, verdict, proto });
     agree!(structs, Config { flags, generation });
     agree!(
@@ -121,7 +123,7 @@ fn maps_have_the_types_and_sizes_that_user_space_takes_them_for() {
         BPF_MAP_TYPE_PERCPU_HASH as PERCPU_HASH, BPF_MAP_TYPE_RINGBUF as RINGBUF,
         BPF_MAP_TYPE_SK_STORAGE as SK_STORAGE, BPF_MAP_TYPE_SOCKHASH as SOCKHASH,
     };
-    let want: [(&str, bpf_map_type, usize, usize); 19] = [
+    let want: [(&str, bpf_map_type, usize, usize); 21] = [
         (map::PODS, HASH, 8, size_of::<Pod>()),
         (map::VETHS, HASH, 4, size_of::<Pod>()),
         (map::POD_ADDRS, HASH, 16, size_of::<Pod>()),
@@ -141,6 +143,8 @@ fn maps_have_the_types_and_sizes_that_user_space_takes_them_for() {
         (map::EVENTS, RINGBUF, 0, 0),
         (map::KUBELETS, HASH, 8, 4),
         (map::PROBES, LRU_HASH, size_of::<Tuple>(), size_of::<Probe>()),
+        (map::FRONTS, HASH, size_of::<FrontKey>(), size_of::<Front>()),
+        (map::CGROUPS, HASH, 8, 4),
     ];
     let bytes = object().unwrap();
     let object = Object::parse(&bytes).unwrap();

@@ -22,7 +22,10 @@ use weft_bpf_tests::{
 };
 use weft_ebpf_common::{
     SkMeta, VipKey, addr as ranges,
-    codes::{TUNNEL_PORT, config, event, info, kind, map, outcome, pod, proto, reason, stat, verdict},
+    codes::{
+        TUNNEL_PORT, VIP_NO_ENDPOINT, config, event, info, kind, map, outcome, pod, proto, reason, stat,
+        verdict,
+    },
 };
 
 fn refused<T>(result: &std::io::Result<T>) -> bool {
@@ -119,8 +122,12 @@ fn a_denied_connect_is_refused_at_once() {
         assert!(refused(&world.dial(SocketAddr::new(family.service, 80))));
         let told = world.maps().events().unwrap();
         assert_eq!((told[0].reason, told[0].policy), (reason::POLICY_DENY_RULE, 9));
+        world.maps().set(map::VIP_DENIED, key, VIP_NO_ENDPOINT).unwrap();
+        assert!(refused(&world.dial(SocketAddr::new(family.service, 80))));
+        let told = world.maps().events().unwrap();
+        assert_eq!((told[0].reason, told[0].policy), (reason::NO_ENDPOINT, 0));
     }
-    assert_eq!(world.maps().stat(stat::DENIED_CONNECT).unwrap(), 4);
+    assert_eq!(world.maps().stat(stat::DENIED_CONNECT).unwrap(), 6);
 }
 
 #[test]

@@ -85,12 +85,19 @@ pub(crate) struct CheckArgs {
     /// Before an installation: can Weft run here, and may you install it?
     #[arg(long, conflicts_with_all = ["namespace", "pod"])]
     pub(crate) pre: bool,
+    /// Also have each node load every BPF program once, in a Pod of the agent's image (such as REGISTRY/weft-agent:TAG);
+    /// nothing is attached, and the Pods go again
+    #[arg(long, value_name = "IMAGE", requires = "pre")]
+    pub(crate) trial: Option<String>,
     /// Also: is this namespace captured and encrypted, and which callers would strict mode break?
     #[arg(short, long)]
     pub(crate) namespace: Option<String>,
-    /// Of that namespace only this Pod
+    /// Of that namespace only this Pod; and a live probe: a connection out of it, which sends nothing
     #[arg(long, value_name = "NAME", requires = "namespace")]
     pub(crate) pod: Option<String>,
+    /// Where the live probe goes [default: a Pod of the mesh that declares a TCP port, on another node if possible]
+    #[arg(long, value_name = "ADDRESS:PORT", requires = "pod")]
+    pub(crate) to: Option<std::net::SocketAddr>,
     /// The form of the output
     #[arg(short, long, value_enum, default_value_t = CheckOutput::Table)]
     pub(crate) output: CheckOutput,

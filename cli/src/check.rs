@@ -17,10 +17,13 @@ use crate::{
 mod access;
 pub(crate) mod agents;
 mod facts;
+mod live;
 mod namespaces;
 mod objects;
-mod system;
+mod schema;
+pub(crate) mod system;
 mod traffic;
+mod trial;
 
 use facts::Facts;
 
@@ -99,6 +102,9 @@ pub(crate) async fn run(args: &CheckArgs) -> Result<Outcome, Failure> {
         findings.extend(system::kinds_before(&facts));
         findings.extend(system::nodes(&facts, &server));
         findings.extend(access::install(&cluster).await);
+        if let Some(image) = &args.trial {
+            findings.extend(trial::run(&cluster, image).await?);
+        }
     } else {
         let facts = Facts::collect(&cluster, args.namespace.as_deref()).await;
         if let (Ok(None), Ok(None)) = (&facts.operator, &facts.agents) {
@@ -109,6 +115,7 @@ pub(crate) async fn run(args: &CheckArgs) -> Result<Outcome, Failure> {
         findings.extend(system::kinds(&facts));
         findings.extend(access::operator(&cluster).await);
         findings.extend(system::operator(&facts));
+        findings.extend(system::skew(&facts));
         findings.extend(system::trust(&facts, SystemTime::now()));
         findings.extend(agents::rollout(&facts));
         findings.extend(agents::states(&facts, &server, SystemTime::now()));
@@ -117,6 +124,9 @@ pub(crate) async fn run(args: &CheckArgs) -> Result<Outcome, Failure> {
         findings.extend(namespaces::all(&facts, args.namespace.as_deref()));
         if let Some(namespace) = &args.namespace {
             findings.extend(traffic::all(&facts, namespace, args.pod.as_deref()));
+            if let Some(pod) = &args.pod {
+                findings.extend(live::run(&cluster, &facts, namespace, pod, args.to).await);
+            }
         }
     }
     Ok(finish(args.output, &findings))

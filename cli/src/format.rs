@@ -171,7 +171,7 @@ impl View {
             text::paint(colour, Colour::Dim, &when::clock(self.at)),
             self.source.with_identity(false),
             "->".into(),
-            self.destination.with_identity(true),
+            self.server(),
             self.painted_verdict(colour),
         ];
         if !self.reason.is_empty() {
@@ -194,7 +194,7 @@ impl View {
         vec![
             when::clock(self.at),
             self.source.with_identity(false),
-            self.destination.with_identity(true),
+            self.server(),
             self.verdict.into(),
             self.reason.clone(),
             self.policy.clone(),
@@ -221,7 +221,23 @@ impl View {
         match self.tls.mode {
             "mutual" => format!("mtls({})", clean(&self.tls.key_exchange)),
             "local" => "tls=local".into(),
+            // Each request went its own way, and has its own record.
+            _ if self.to_service() => String::new(),
             _ => "plaintext".into(),
+        }
+    }
+
+    /// Whether a Service was dialled and no endpoint chosen for the connection as a whole.
+    pub(crate) fn to_service(&self) -> bool {
+        self.destination.pod.is_empty() && !self.service.is_empty()
+    }
+
+    /// The server's side: the endpoint, or the Service where none was chosen.
+    fn server(&self) -> String {
+        if self.to_service() {
+            format!("{} (service)", clean(&self.service))
+        } else {
+            self.destination.with_identity(true)
         }
     }
 
@@ -246,8 +262,15 @@ impl View {
             None if self.sent_bytes + self.received_bytes > 0 => {
                 format!("{} {}B out {}B in {latency}", self.protocol, self.sent_bytes, self.received_bytes)
             }
+            None if self.protocol == "tcp" && self.connection != 0 && self.ended() => {
+                format!("tcp closed {latency}")
+            }
             None => self.protocol.into(),
         }
+    }
+
+    fn ended(&self) -> bool {
+        !self.opening && matches!(self.verdict, "FORWARDED" | "AUDITED")
     }
 }
 
@@ -255,6 +278,8 @@ impl Side {
     /// `namespace/workload[:port] (identity)`, or the address.
     fn with_identity(&self, port: bool) -> String {
         let mut name = match (self.workload.is_empty(), self.pod.is_empty()) {
+            // A node is of no namespace.
+            (false, _) if self.namespace.is_empty() => format!("node/{}", self.workload),
             (false, _) => format!("{}/{}", self.namespace, self.workload),
             (_, false) => format!("{}/{}", self.namespace, self.pod),
             _ if self.address.contains(':') && port => format!("[{}]", self.address),

@@ -21,7 +21,7 @@ use tonic::{
 };
 use weft_proto::{
     observer::{GetFlowsRequest, GetFlowsResponse, observer_client::ObserverClient},
-    weft_relay::{NodeStatus, StatusRequest, mesh_client::MeshClient},
+    weft_relay::{NodeStatus, ProbeRequest, ProbeResult, StatusRequest, mesh_client::MeshClient},
 };
 
 use crate::{
@@ -155,6 +155,15 @@ impl Replica {
         let mut request = Request::new(message);
         request.metadata_mut().insert("authorization", self.token.clone());
         request
+    }
+
+    /// Has a Pod's agent make a probe.
+    pub(crate) async fn probe(&self, request: ProbeRequest) -> Result<ProbeResult, tonic::Status> {
+        let mut client = MeshClient::new(self.channel.clone());
+        match timeout(ANSWER_TIMEOUT, client.probe(self.request(request))).await {
+            Ok(answer) => answer.map(tonic::Response::into_inner),
+            Err(_) => Err(tonic::Status::deadline_exceeded("the operator does not answer; see its log")),
+        }
     }
 
     /// Flows of this replica's agents.

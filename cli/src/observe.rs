@@ -105,7 +105,7 @@ async fn open(address: &Address, request: GetFlowsRequest) -> Result<Streaming<G
 fn nothing(args: &ObserveArgs) -> &'static str {
     let narrowed = !whitelist(args).is_empty() || args.since.is_some() || args.until.is_some();
     if narrowed {
-        "no flow fits; agents keep only the newest ones, and a wider --since or fewer filters may show some"
+        "no flow matches; agents keep only the newest ones, and a wider --since or fewer filters may show some"
     } else {
         "no flows yet; use --follow to wait for them"
     }
@@ -113,9 +113,20 @@ fn nothing(args: &ObserveArgs) -> &'static str {
 
 fn refused(server: &str, e: &tonic::Status) -> Failure {
     if e.code() == tonic::Code::InvalidArgument {
-        Failure::Usage(e.message().into())
+        Failure::Usage(brief(e.message()))
     } else {
         Failure::Unable(format!("{server} ended the answer: {} ({:?})", clean(e.message()), e.code()))
+    }
+}
+
+/// An error on one line; of a regular expression's, which draws where it is wrong, the reason.
+fn brief(message: &str) -> String {
+    match message.split_once("regex parse error:") {
+        Some((what, drawn)) => {
+            let why = drawn.rsplit_once("error:").map_or(drawn, |(_, why)| why);
+            format!("{}{}", clean(what), clean(why.trim()))
+        }
+        None => clean(message).into_owned(),
     }
 }
 

@@ -12,6 +12,7 @@ use weft_proto::agent::{StatusRequest, StatusResponse, agent_client::AgentClient
 use crate::{
     Failure, Outcome,
     args::{StatusArgs, StatusOutput},
+    check::agents::is_program,
     connect,
     mesh::Mesh,
     text::{self, Colour, clean},
@@ -88,6 +89,9 @@ struct Pod {
 struct Svid {
     identity: String,
     not_after: String,
+    /// The authority's name in the certificate.
+    issued_by: String,
+    serial: String,
     problem: String,
     #[serde(skip)]
     left: Option<Duration>,
@@ -219,6 +223,8 @@ fn agent(server: String, s: StatusResponse, now: SystemTime) -> Agent {
                 Svid {
                     identity: v.identity,
                     not_after: not_after.map(when::full).unwrap_or_default(),
+                    issued_by: v.issued_by,
+                    serial: v.serial,
                     problem: v.problem,
                     left: not_after.and_then(|t| t.duration_since(now).ok()),
                 }
@@ -251,7 +257,11 @@ fn problems(report: &Report) -> Vec<String> {
             note(format!("rejected: {key}"));
         }
         for p in a.programs.iter().filter(|p| !p.healthy) {
-            note(format!("program {} at {}: {}", p.name, p.attached_to, p.problem));
+            note(if is_program(&p.name, p.id) {
+                format!("program {} at {}: {}", p.name, p.attached_to, p.problem)
+            } else {
+                p.problem.clone()
+            });
         }
         for p in a.pods.iter().filter(|p| !p.problem.is_empty()) {
             note(format!("Pod {}: {}", p.name, p.problem));
@@ -324,16 +334,17 @@ fn table(report: &Report, problems: &[String], colour: bool) -> String {
                 ),
             ],
         ];
-        let healthy = a.programs.iter().filter(|p| p.healthy).count();
+        let programs = || a.programs.iter().filter(|p| is_program(&p.name, p.id));
+        let healthy = programs().filter(|p| p.healthy).count();
         rows.push(vec![
             "  Programs".into(),
-            format!("{healthy} of {} attached and healthy", a.programs.len()),
+            format!("{healthy} of {} attached and healthy", programs().count()),
         ]);
         out.push_str(&lines(&rows));
         section(
             &mut out,
             &["PROGRAM", "ID", "ATTACHED TO", "REPAIRS", "STATE"],
-            a.programs.iter().map(|p| {
+            programs().map(|p| {
                 let state = if p.healthy { "healthy".to_owned() } else { p.problem.clone() };
                 vec![p.name.clone(), p.id.to_string(), p.attached_to.clone(), p.repairs.to_string(), state]
             }),

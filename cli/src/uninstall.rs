@@ -2,14 +2,14 @@
 //! and labels stay unless asked for.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     time::{Duration, Instant},
 };
 
 use k8s_openapi::{
     api::{
         apps::v1::{DaemonSet, Deployment},
-        core::v1::{Namespace, Pod},
+        core::v1::{Namespace, Node, Pod},
     },
     apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition,
 };
@@ -25,7 +25,7 @@ use serde_json::{Value, json};
 use crate::{
     Failure, Outcome,
     args::UninstallArgs,
-    check::agents::waits_for,
+    check::{agents::waits_for, system::ready},
     cluster::{Cluster, SYSTEM},
     install::MANIFESTS,
     mesh::labelled,
@@ -38,6 +38,8 @@ const STOP: Duration = Duration::from_secs(90);
 const CLEAN: Duration = Duration::from_secs(180);
 const LOOK: Duration = Duration::from_secs(1);
 const CLEANER: &str = "weft-cleaner";
+/// What cleans a node that the cleaner cannot reach.
+const BY_HAND: &str = "run there, as root: rm -rf /sys/fs/bpf/weft /run/weft /var/lib/weft /opt/cni/bin/weft-cni /etc/cni/net.d/*00-weft.conflist";
 const LABELS: [&str; 2] = ["weft.mesh/mode", "weft.mesh/fail-mode"];
 /// Objects that the operator makes, beside those of the manifests.
 const MADE: [(&str, &str); 4] = [
@@ -63,10 +65,10 @@ pub(crate) async fn run(args: &UninstallArgs) -> Result<Outcome, Failure> {
         return Ok(Outcome::Finding);
     }
     let say = |text: &str| eprintln!("weft: {text}");
-    let image = stop_agents(&cluster, &say).await?;
+    let place = stop_agents(&cluster, &say).await?;
     let mut whole = true;
-    match image {
-        Some(image) => whole = clean(&cluster, &image, &say).await?,
+    match place {
+        Some(place) => whole = clean(&cluster, &place, &say).await?,
         None => say("neither agents nor operator are installed: nodes are not cleaned"),
     }
     if !whole && !args.force {
@@ -97,13 +99,32 @@ fn strict(namespaces: &[Namespace]) -> Vec<String> {
     namespaces.iter().filter(strict).filter_map(|n| n.metadata.name.clone()).collect()
 }
 
+/// What a cleaner is made of: the agents' image, and the node's folders that they wrote to.
+#[derive(Debug, Clone)]
+struct Place {
+    image: String,
+    cni_conf: String,
+    cni_bin: String,
+}
+
+/// The node's folder behind a volume.
+fn host_path(set: &DaemonSet, volume: &str) -> Option<String> {
+    let volumes = set.spec.as_ref()?.template.spec.as_ref()?.volumes.as_ref()?;
+    Some(volumes.iter().find(|v| v.name == volume)?.host_path.as_ref()?.path.clone())
+}
+
+fn on(pod: &Pod) -> String {
+    pod.spec.as_ref().and_then(|s| s.node_name.clone()).unwrap_or_default()
+}
+
 /// Deletes the agents' DaemonSet and waits for their end; gives their image.
-async fn stop_agents(cluster: &Cluster, say: &impl Fn(&str)) -> Result<Option<String>, Failure> {
+async fn stop_agents(cluster: &Cluster, say: &impl Fn(&str)) -> Result<Option<Place>, Failure> {
     let sets: Api<DaemonSet> = Api::namespaced(cluster.client.clone(), SYSTEM);
     let found = sets.get_opt("weft-agent").await.map_err(|e| cluster.failed("the agents", &e))?;
     let earlier = sets.get_opt(CLEANER).await.map_err(|e| cluster.failed("the cleaner", &e))?;
     // An uninstallation that was cut short left its cleaner, which knows the image.
-    let image = match found.as_ref().or(earlier.as_ref()).and_then(image) {
+    let left_by = found.as_ref().or(earlier.as_ref());
+    let image = match left_by.and_then(image) {
         Some(image) => image,
         // Somebody deleted the agents, which leaves their pins: the operator's image is beside theirs.
         None => {
@@ -118,6 +139,13 @@ async fn stop_agents(cluster: &Cluster, say: &impl Fn(&str)) -> Result<Option<St
             }
         }
     };
+    let folder =
+        |name: &str, usual: &str| left_by.and_then(|set| host_path(set, name)).unwrap_or(usual.into());
+    let place = Place {
+        image,
+        cni_conf: folder("cni-conf", "/etc/cni/net.d"),
+        cni_bin: folder("cni-bin", "/opt/cni/bin"),
+    };
     if found.is_some() {
         say("agents stop");
         delete(sets.delete("weft-agent", &DeleteParams::background()).await.map(drop))
@@ -128,15 +156,25 @@ async fn stop_agents(cluster: &Cluster, say: &impl Fn(&str)) -> Result<Option<St
     loop {
         let params = ListParams::default().labels("app.kubernetes.io/name=weft-agent");
         let left = pods.list(&params).await.map_err(|e| cluster.failed("the agents' Pods", &e))?;
-        if left.items.iter().all(|p| !labelled(p, "weft-agent")) {
-            return Ok(Some(image));
+        let left: Vec<_> = left.items.iter().filter(|p| labelled(p, "weft-agent")).collect();
+        if left.is_empty() {
+            return Ok(Some(place));
+        }
+        let down = down(cluster).await?;
+        let away: BTreeSet<_> = left.iter().map(|p| on(p)).collect();
+        if away.is_subset(&down) {
+            say(&format!(
+                "the agents of {} do not end, their nodes are down; it goes on",
+                Vec::from_iter(away).join(", ")
+            ));
+            return Ok(Some(place));
         }
         if Instant::now() > end {
             say(&format!(
-                "{} agents have not ended yet (their nodes may be away); it goes on",
-                left.items.len()
+                "{} agents have not ended yet (kubectl -n {SYSTEM} get pods); it goes on",
+                left.len()
             ));
-            return Ok(Some(image));
+            return Ok(Some(place));
         }
         tokio::time::sleep(LOOK).await;
     }
@@ -147,9 +185,17 @@ fn image(set: &DaemonSet) -> Option<String> {
     spec.init_containers.iter().flatten().chain(&spec.containers).find_map(|c| c.image.clone())
 }
 
-/// The DaemonSet that takes everything pinned off each node. Its Pods are ready when that is done.
-fn cleaner(image: &str) -> Value {
+/// The DaemonSet that takes everything of Weft off each node: what is pinned, and what lies in files.
+fn cleaner(place: &Place) -> Value {
     let labels = json!({"app.kubernetes.io/name": CLEANER, "app.kubernetes.io/part-of": "weft"});
+    // The folders around what goes: one that is mounted itself could not be removed.
+    let mounts = [
+        ("bpffs", "/sys/fs/bpf", "/sys/fs/bpf"),
+        ("run", "/host/run", "/run"),
+        ("state", "/host/var/lib", "/var/lib"),
+        ("cni-conf", "/host/cni/net.d", &*place.cni_conf),
+        ("cni-bin", "/host/cni/bin", &*place.cni_bin),
+    ];
     json!({
         "apiVersion": "apps/v1", "kind": "DaemonSet",
         "metadata": {"name": CLEANER, "namespace": SYSTEM, "labels": labels},
@@ -164,8 +210,12 @@ fn cleaner(image: &str) -> Value {
                     "terminationGracePeriodSeconds": 0,
                     "tolerations": [{"operator": "Exists"}],
                     "containers": [{
-                        "name": "clean", "image": image, "imagePullPolicy": "IfNotPresent",
-                        "args": ["uninstall", "--bpffs", "/sys/fs/bpf/weft"],
+                        "name": "clean", "image": place.image, "imagePullPolicy": "IfNotPresent",
+                        "args": [
+                            "uninstall", "--bpffs", "/sys/fs/bpf/weft",
+                            "--cni-conf-dir", "/host/cni/net.d", "--cni-bin-dir", "/host/cni/bin",
+                            "--state-dir", "/host/var/lib/weft", "--run-dir", "/host/run/weft",
+                        ],
                         "securityContext": {
                             "runAsUser": 0,
                             "seccompProfile": {"type": "Unconfined"},
@@ -176,21 +226,28 @@ fn cleaner(image: &str) -> Value {
                                         "DAC_OVERRIDE", "DAC_READ_SEARCH"],
                             },
                         },
-                        "volumeMounts": [{"name": "bpffs", "mountPath": "/sys/fs/bpf"}],
+                        "volumeMounts": mounts.map(|(name, at, _)| json!({"name": name, "mountPath": at})),
                     }],
-                    "volumes": [{"name": "bpffs", "hostPath": {"path": "/sys/fs/bpf", "type": "Directory"}}],
+                    "volumes": mounts.map(|(name, _, path)| json!({"name": name, "hostPath": {"path": path}})),
                 },
             },
         },
     })
 }
 
+/// Nodes that are down: nothing can be cleaned there now.
+async fn down(cluster: &Cluster) -> Result<BTreeSet<String>, Failure> {
+    let api: Api<Node> = Api::all(cluster.client.clone());
+    let nodes = api.list(&ListParams::default()).await.map_err(|e| cluster.failed("nodes", &e))?;
+    Ok(nodes.items.iter().filter(|n| !ready(n)).filter_map(|n| n.metadata.name.clone()).collect())
+}
+
 /// Cleans every node; false where some were not within the time.
-async fn clean(cluster: &Cluster, image: &str, say: &impl Fn(&str)) -> Result<bool, Failure> {
+async fn clean(cluster: &Cluster, place: &Place, say: &impl Fn(&str)) -> Result<bool, Failure> {
     let failed = |e: &kube::Error| cluster.failed("the cleaner", e);
     let sets: Api<DaemonSet> = Api::namespaced(cluster.client.clone(), SYSTEM);
     let set: DaemonSet =
-        serde_json::from_value(cleaner(image)).map_err(|e| Failure::Unable(e.to_string()))?;
+        serde_json::from_value(cleaner(place)).map_err(|e| Failure::Unable(e.to_string()))?;
     match sets.create(&PostParams::default(), &set).await {
         Err(kube::Error::Api(status)) if status.code == 409 => {}
         other => drop(other.map_err(|e| failed(&e))?),
@@ -210,12 +267,21 @@ async fn clean(cluster: &Cluster, image: &str, say: &impl Fn(&str)) -> Result<bo
             say(&format!("{done} nodes are clean"));
             break true;
         }
-        if Instant::now() > end {
-            say("not clean yet:");
-            let on = |p: &Pod| p.spec.as_ref().and_then(|s| s.node_name.clone()).unwrap_or_default();
-            for pod in found.iter().filter(|p| !clean.get(&on(p)).copied().unwrap_or(false)) {
+        let down = down(cluster).await?;
+        let waiting = |node: &String| !clean.get(node).copied().unwrap_or(false);
+        let awaited = found.iter().filter(|p| waiting(&on(p)) && !down.contains(&on(p)));
+        let only_down = seen && found.len() >= wanted && awaited.clone().count() == 0;
+        if only_down || Instant::now() > end {
+            say(&format!("{done} of {wanted} nodes are clean; not:"));
+            for node in down.iter().filter(|node| waiting(node)) {
+                say(&format!("  {node}: it is down"));
+            }
+            for pod in awaited {
                 say(&format!("  {}: {}", on(pod), text::clean(&waits_for(pod))));
             }
+            say(&format!(
+                "a restart clears what is in their kernel and memory; the rest, and all of it without a restart: {BY_HAND}"
+            ));
             break false;
         }
         tokio::time::sleep(LOOK).await;
@@ -341,7 +407,10 @@ mod tests {
 
     #[test]
     fn the_cleaner_is_a_daemon_set_of_the_agents_image() {
-        let set: DaemonSet = serde_json::from_value(cleaner("r/weft-agent:v1")).unwrap();
+        let place =
+            Place { image: "r/weft-agent:v1".into(), cni_conf: "/conf".into(), cni_bin: "/bin".into() };
+        let set: DaemonSet = serde_json::from_value(cleaner(&place)).unwrap();
         assert_eq!(image(&set).as_deref(), Some("r/weft-agent:v1"));
+        assert_eq!(host_path(&set, "cni-conf").as_deref(), Some("/conf"));
     }
 }

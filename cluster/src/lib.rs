@@ -31,6 +31,8 @@ mod pki;
 pub mod product;
 pub mod record;
 mod sh;
+pub mod spire;
+pub mod vm;
 
 pub use cluster::Cluster;
 pub use control::Program;

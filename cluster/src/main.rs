@@ -16,6 +16,7 @@ use weft_cluster::{
     parts::{Parts, go},
     product,
     record::Record,
+    vm,
 };
 
 #[derive(Parser)]
@@ -92,6 +93,15 @@ enum Action {
         /// Where the archives go
         #[arg(long, value_name = "DIR")]
         save: PathBuf,
+    },
+    /// Run programs on Debian's kernels in virtual machines (`cargo xtask test --tier 8` calls this)
+    Kernels {
+        /// Fetch what is missing, and run nothing
+        #[arg(long)]
+        fetch: bool,
+        /// A program and its arguments, in one word
+        #[arg(long = "run", value_name = "PROGRAM ARGUMENT...")]
+        runs: Vec<String>,
     },
     /// Run kubectl as administrator
     Kubectl {
@@ -212,6 +222,15 @@ fn run(action: Action) -> Result<()> {
                 say(&format!("{name}  {}", path.display()));
             }
             Ok(())
+        }
+        Action::Kernels { fetch: true, .. } => vm::fetch(&say),
+        Action::Kernels { fetch: false, runs } => {
+            let run = |text: &String| {
+                let mut words = text.split(' ').map(str::to_owned);
+                let program = words.next().unwrap_or_default().into();
+                vm::Run { program, arguments: words.collect() }
+            };
+            vm::on_every_kernel(&runs.iter().map(run).collect::<Vec<_>>(), &say)
         }
         Action::Kubectl { which, words } => become_it(which.open()?.command("kubectl")?.args(words)),
         Action::Run { which, words } => become_it(which.open()?.command(&words[0])?.args(&words[1..])),

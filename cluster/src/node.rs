@@ -108,6 +108,14 @@ impl Node<'_> {
         format!("{}/{}", self.record.group(), self.name())
     }
 
+    /// The folder that it sees as the root of cgroup2, as this machine sees it.
+    ///
+    /// # Errors
+    /// When this machine has no cgroup2.
+    pub fn cgroup2(&self) -> Result<PathBuf> {
+        Ok(Hierarchies::find()?.unified().join(self.group()))
+    }
+
     /// Writes its configuration.
     pub(crate) fn prepare(&self) -> Result<()> {
         config::write(self.record, self.parts, self.index, &self.folder())

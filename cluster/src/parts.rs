@@ -12,6 +12,7 @@ use crate::image::Image;
 
 pub mod debian;
 pub mod go;
+pub mod kernels;
 
 const PAUSE: &str = include_str!("parts/pause.c");
 

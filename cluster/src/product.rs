@@ -1,4 +1,4 @@
-//! The images of Weft itself: a static binary each and nothing else.
+//! The images of Weft itself: static binaries and nothing else.
 
 use std::path::{Path, PathBuf};
 
@@ -6,10 +6,16 @@ use anyhow::{Context as _, Result, ensure};
 
 use crate::image::Image;
 
-/// Each image, the user that it runs as, and what it is.
-const IMAGES: [(&str, &str, &str); 2] = [
-    ("weft-agent", "0:0", "Weft's node agent: BPF programs, enrolment, and the node's one proxy"),
-    ("weft-operator", "65532:65532", "Weft's operator: policy to nodes, and identities"),
+/// Each image, the user that it runs as, what it is, and what it holds beside its own program.
+const IMAGES: [(&str, &str, &str, &[&str]); 2] = [
+    // The agent puts the CNI plugin onto its node.
+    (
+        "weft-agent",
+        "0:0",
+        "Weft's node agent: BPF programs, enrolment, and the node's one proxy",
+        &["weft-cni"],
+    ),
+    ("weft-operator", "65532:65532", "Weft's operator: policy to nodes, and identities", &[]),
 ];
 
 /// The images made of the static binaries in `programs`, named `REGISTRY/weft-agent:TAG` and so on.
@@ -17,14 +23,16 @@ const IMAGES: [(&str, &str, &str); 2] = [
 /// # Errors
 /// When a binary is missing.
 pub fn images(programs: &Path, registry: &str, tag: &str) -> Result<Vec<Image>> {
-    let image = |(name, user, what): (&str, &str, &str)| {
-        let program = programs.join(name);
-        ensure!(program.is_file(), "{} is missing; build it first", program.display());
-        let path = format!("/{name}");
-        Ok(Image::new(&format!("{}/{name}:{tag}", registry.trim_end_matches('/')))
-            .file(program, &path, 0o755)
+    let image = |(name, user, what, beside): (&str, &str, &str, &[&str])| {
+        let mut image = Image::new(&format!("{}/{name}:{tag}", registry.trim_end_matches('/')));
+        for held in [name].iter().chain(beside) {
+            let program = programs.join(held);
+            ensure!(program.is_file(), "{} is missing; build it first", program.display());
+            image = image.file(program, &format!("/{held}"), 0o755);
+        }
+        Ok(image
             .folder("/tmp", 0o1777)
-            .entrypoint(&[&path])
+            .entrypoint(&[&format!("/{name}")])
             .user(user)
             .label("org.opencontainers.image.title", name)
             .label("org.opencontainers.image.description", what)

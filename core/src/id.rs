@@ -63,6 +63,11 @@ impl SpiffeId {
         Self(format!("spiffe://{domain}/ns/{namespace}/sa/{account}").into())
     }
 
+    /// The id of a node itself, for what runs in its network namespace.
+    pub fn node(domain: &TrustDomain, node: &str) -> Self {
+        Self(format!("spiffe://{domain}/node/{node}").into())
+    }
+
     /// The whole URI.
     pub fn as_str(&self) -> &str {
         &self.0
@@ -85,6 +90,11 @@ impl SpiffeId {
             (Some(namespace), Some("sa"), Some(account), None) => Some((namespace, account)),
             _ => None,
         }
+    }
+
+    /// The node's name where the path is of the form `/node/<node>`.
+    pub fn as_node(&self) -> Option<&str> {
+        self.path().strip_prefix("/node/").filter(|name| !name.is_empty() && !name.contains('/'))
     }
 
     fn split(&self) -> (&str, &str) {
@@ -180,6 +190,13 @@ pub struct WorkloadUid(pub Arc<str>);
 impl fmt::Display for WorkloadUid {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
+    }
+}
+
+impl WorkloadUid {
+    /// The uid of a node's own network; no Pod can have it.
+    pub fn node(name: &str) -> Self {
+        Self(format!("node/{name}").into())
     }
 }
 

@@ -15,7 +15,11 @@ pub mod kernel;
 
 /// An AuthorizationPolicy, resolved. Which Pods it selects is written on the Pods
 /// ([`Workload::policies`](crate::Workload::policies)).
+///
+/// Here and below, a field that this version does not know is an error: an operator of a later version may have narrowed
+/// a rule by it, and an agent that passed over it would let through what the rule refuses.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Policy {
     /// Namespace and name.
     pub name: NamespacedName,
@@ -39,6 +43,7 @@ pub enum Action {
 
 /// A rule: any source AND the network attributes AND any HTTP entry.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Rule {
     /// `None`: any authenticated source (for DENY: any source). Empty: none.
     pub sources: Option<Vec<Source>>,
@@ -54,6 +59,7 @@ pub struct Rule {
 
 /// Who calls.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub enum Source {
     /// A service account of the mesh's own trust domain; `None` is every account of the namespace.
     ServiceAccount {
@@ -95,6 +101,7 @@ pub enum Protocol {
 
 /// An HTTP entry of a rule: every part that is not empty must hold.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct HttpRule {
     /// Any of these methods, upper case.
     pub methods: Vec<Arc<str>>,

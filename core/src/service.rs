@@ -53,6 +53,23 @@ pub struct Endpoint {
     pub workload: Option<WorkloadUid>,
     /// False while it should get no new connections.
     pub ready: bool,
+    /// The node it is on; told only where that matters ([`Service::node_local`]).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node: Option<Arc<str>>,
+}
+
+/// A port of a Service at an address that is not the Service's alone: of a node, of a load balancer, or one of
+/// `externalIPs`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Front {
+    /// The address; `None` for the addresses of every node.
+    pub address: Option<IpAddr>,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// The port there.
+    pub port: u16,
+    /// The Service's own port behind it.
+    pub service_port: u16,
 }
 
 /// A Service.
@@ -66,6 +83,12 @@ pub struct Service {
     pub ports: Vec<ServicePort>,
     /// Its endpoints.
     pub endpoints: Vec<Endpoint>,
+    /// Its ports elsewhere.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub fronts: Vec<Front>,
+    /// Only endpoints of the caller's own node are used (`internalTrafficPolicy: Local`).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub node_local: bool,
 }
 
 impl Service {

@@ -1,7 +1,7 @@
 //! The state one node works with, and the deltas that change it.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     net::{IpAddr, SocketAddr},
     sync::Arc,
 };
@@ -16,6 +16,9 @@ use crate::{
     service::Service,
     workload::Workload,
 };
+
+/// IP protocol number of TCP.
+const TCP: u8 = 6;
 
 /// A point in an operator's history. Sequences of two epochs do not compare.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
@@ -100,6 +103,10 @@ pub struct MeshState {
     policies: BTreeMap<NamespacedName, Arc<Policy>>,
     by_address: HashMap<IpAddr, WorkloadUid>,
     by_service_address: HashMap<IpAddr, NamespacedName>,
+    /// Addresses of nodes.
+    node_addresses: HashSet<IpAddr>,
+    /// Ports of Services by address (`None`: every node's), protocol and port, with the Service's own port.
+    by_front: HashMap<(Option<IpAddr>, u8, u16), (NamespacedName, u16)>,
     by_subject: HashMap<SubjectId, WorkloadUid>,
     routes_by_service: HashMap<NamespacedName, Vec<NamespacedName>>,
 }
@@ -137,6 +144,16 @@ impl MeshState {
             self.workloads.values().flat_map(|w| w.addresses.iter().map(|a| (*a, w.uid.clone()))).collect();
         self.by_service_address =
             self.services.values().flat_map(|s| s.addresses.iter().map(|a| (*a, s.name.clone()))).collect();
+        let nodes = self.workloads.values().filter(|w| w.is_node());
+        self.node_addresses = nodes.flat_map(|w| w.host_addresses.iter().map(IpAddr::to_canonical)).collect();
+        self.by_front.clear();
+        for service in self.services.values() {
+            for front in &service.fronts {
+                let key = (front.address.map(|a| a.to_canonical()), front.protocol, front.port);
+                let behind = || (service.name.clone(), front.service_port);
+                self.by_front.entry(key).or_insert_with(behind);
+            }
+        }
         self.by_subject = self.workloads.values().map(|w| (w.subject, w.uid.clone())).collect();
         self.routes_by_service.clear();
         for route in self.routes.values() {
@@ -205,6 +222,31 @@ impl MeshState {
         self.services.get(self.by_service_address.get(&address.to_canonical())?)
     }
 
+    /// The own network of a node, by the node's name.
+    pub fn node(&self, name: &str) -> Option<&Arc<Workload>> {
+        self.workloads.get(&WorkloadUid::node(name)).filter(|w| w.is_node())
+    }
+
+    /// The Service that takes what is sent to this port, and its own port: by one of its cluster addresses, or by a port
+    /// of it elsewhere. Addresses of Pods and of other Services are nobody else's.
+    pub fn dialled(&self, address: SocketAddr, protocol: u8) -> Option<(&Arc<Service>, u16)> {
+        let ip = address.ip().to_canonical();
+        if let Some(service) = self.service_at(ip) {
+            return Some((service, address.port()));
+        }
+        let (name, port) = self.front(ip, protocol, address.port())?;
+        Some((self.services.get(name)?, *port))
+    }
+
+    fn front(&self, ip: IpAddr, protocol: u8, port: u16) -> Option<&(NamespacedName, u16)> {
+        if self.by_address.contains_key(&ip) {
+            return None;
+        }
+        let of_nodes =
+            || self.by_front.get(&(None, protocol, port)).filter(|_| self.node_addresses.contains(&ip));
+        self.by_front.get(&(Some(ip), protocol, port)).or_else(of_nodes)
+    }
+
     /// All routes.
     pub fn routes(&self) -> impl Iterator<Item = &Arc<HttpRoute>> {
         self.routes.values()
@@ -239,9 +281,9 @@ impl MeshState {
             && self.config.as_ref().is_some_and(|c| c.same_node == crate::config::SameNode::Shortcut)
     }
 
-    /// The Service (and its port) that an address and port are the front of.
+    /// The Service (and its TCP port) that an address and port are the front of.
     pub fn frontend(&self, address: SocketAddr) -> Option<(&Arc<Service>, &crate::service::ServicePort)> {
-        let service = self.service_at(address.ip())?;
-        Some((service, service.port(address.port())?))
+        let (service, port) = self.dialled(address, TCP)?;
+        Some((service, service.port(port)?))
     }
 }

@@ -56,6 +56,7 @@ pub fn workload(name: &str, subject: u32, mode: Mode, policies: &[&str]) -> Work
         policies: policies.iter().map(|name| NamespacedName::new("shop", name)).collect(),
         network_policy: false,
         netns: None,
+        host_addresses: Vec::new(),
     }
 }
 

@@ -86,4 +86,15 @@ pub struct Workload {
     /// The path of its network namespace; set only by the directory source.
     #[serde(default)]
     pub netns: Option<String>,
+    /// Of a node ([`Self::is_node`]): its addresses, which others share and nobody is reached at.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub host_addresses: Vec<IpAddr>,
+}
+
+impl Workload {
+    /// The node's own network, in the name of which its Pods there speak: any of them could be any other. It calls, and
+    /// is never called; its mode is [`Mode::Disabled`].
+    pub fn is_node(&self) -> bool {
+        self.identity.as_node().is_some()
+    }
 }

@@ -13,6 +13,9 @@ pub const LOOPBACK6: Addr = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1];
 /// destination address alone caps a Pod at one range of source ports.
 pub const REDIRECT_SPREAD: u32 = 32;
 
+/// How many of them are used for the node's own network, where each needs a listener of its own. A power of two.
+pub const HOST_SPREAD: u32 = 4;
+
 /// The proxy dials applications from `127.0.0.6` to `127.0.0.13` (and from `::1`).
 pub const DIAL_FIRST: u8 = 6;
 /// The last of the proxy's dialling addresses: see [`DIAL_FIRST`].

@@ -21,7 +21,7 @@ pub mod map {
     pub const ADDRS: &str = "ADDRS";
     /// Prefix to [`crate::AddrInfo`]; IPv4 under `::ffff:0:0/96`.
     pub const CIDRS: &str = "CIDRS";
-    /// [`crate::VipKey`] to the policy that denies every endpoint.
+    /// [`crate::VipKey`] to the policy that denies every endpoint, or to [`super::VIP_NO_ENDPOINT`].
     pub const VIP_DENIED: &str = "VIP_DENIED";
     /// [`crate::PolicyKey`] to [`crate::PolicyVal`].
     pub const POLICY: &str = "POLICY";
@@ -41,10 +41,14 @@ pub mod map {
     pub const KUBELETS: &str = "KUBELETS";
     /// [`crate::Tuple`] to [`crate::Probe`]: the kubelet's SYNs on their way into a Pod.
     pub const PROBES: &str = "PROBES";
+    /// [`crate::FrontKey`] to [`crate::Front`]: ports outside the cluster's own ranges that are a Service's.
+    pub const FRONTS: &str = "FRONTS";
+    /// cgroup2 id to [`super::cgroup`].
+    pub const CGROUPS: &str = "CGROUPS";
     /// Every map that is pinned, in the order they are created.
-    pub const ALL: [&str; 19] = [
+    pub const ALL: [&str; 21] = [
         PODS, VETHS, POD_ADDRS, SK_META, ORIG_DST, CLIENT_OF, LISTENERS, ADDRS, CIDRS, VIP_DENIED, POLICY,
-        FLOWS, FRAGS, COUNTS, STATS, CONFIG, EVENTS, KUBELETS, PROBES,
+        FLOWS, FRAGS, COUNTS, STATS, CONFIG, EVENTS, KUBELETS, PROBES, FRONTS, CGROUPS,
     ];
 }
 
@@ -110,6 +114,9 @@ pub mod proto {
 
 /// The port of the mesh's tunnels.
 pub const TUNNEL_PORT: u16 = 15_008;
+
+/// Stands in [`map::VIP_DENIED`] for the policy where a Service's port has no endpoint that takes connections.
+pub const VIP_NO_ENDPOINT: u32 = u32::MAX;
 
 /// Policy subjects that are not Pods; as `weft_core::SubjectId`.
 pub mod subject {
@@ -219,6 +226,12 @@ pub mod pod {
     pub const PERMISSIVE: u32 = 4;
     /// Connections pass unmeshed while the proxy is away (never with strict).
     pub const FAIL_OPEN: u32 = 8;
+    /// The node's own network: only processes of Pods are steered there ([`super::cgroup::PODS`]), and only towards
+    /// enrolled Pods. Nothing that comes in is judged.
+    pub const HOST: u32 = 16;
+    /// Belongs to the mesh, and nobody has described it yet: it neither reaches the mesh nor is reached. What is outside
+    /// the mesh it may dial.
+    pub const HELD: u32 = 32;
 }
 
 /// [`crate::AddrInfo::flags`].
@@ -242,6 +255,20 @@ pub mod info {
     pub const CIDR: u32 = 128;
     /// With [`SERVICE`]: an enrolled Pod is behind it.
     pub const MESHED: u32 = 256;
+    /// Some ports of it are a Service's ([`crate::FrontKey`]); says nothing of the others.
+    pub const FRONT: u32 = 512;
+    /// With [`FRONT`]: a node's address, where the ports of every node are ([`crate::FrontKey::addr`] unspecified).
+    pub const NODE: u32 = 1024;
+}
+
+/// Values of `CGROUPS`.
+pub mod cgroup {
+    /// The kubelet's Pods are below it.
+    pub const PODS: u32 = 1;
+    /// An agent's own: never steered, although its Pod is one of those.
+    pub const AGENT: u32 = 2;
+    /// Levels that are looked at between the hierarchy's root and a process.
+    pub const LEVELS: i32 = 16;
 }
 
 /// [`crate::SkMeta::kind`].

@@ -51,6 +51,30 @@ shared! {
         flags: u32,
     }
 
+    /// A port that is a Service's, on an address that is not the Service's alone. Key of `FRONTS`.
+    FrontKey = 20 {
+        /// The address; unspecified (`::`) for the addresses of every node.
+        addr: Addr,
+        /// The port there.
+        port: u16,
+        /// IP protocol.
+        proto: u8,
+        /// Zero.
+        pad: u8,
+    }
+
+    /// The Service behind it. Value of `FRONTS`.
+    Front = 12 {
+        /// As [`AddrInfo::subject`] of the Service's own address.
+        subject: u32,
+        /// As [`AddrInfo::flags`] of the Service's own address.
+        flags: u32,
+        /// The Service's own port.
+        port: u16,
+        /// Zero.
+        pad: u16,
+    }
+
     /// A SYN of the kubelet. Value of `PROBES`.
     Probe = 16 {
         /// When it entered the Pod's interface (ns, monotonic clock).

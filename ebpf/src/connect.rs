@@ -7,16 +7,17 @@ use aya_ebpf::{
         bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2,
     },
     helpers::generated::{
-        bpf_get_current_cgroup_id, bpf_get_current_pid_tgid, bpf_get_netns_cookie, bpf_get_prandom_u32,
-        bpf_get_socket_cookie, bpf_set_retval, bpf_setsockopt, bpf_sk_release, bpf_skc_lookup_tcp,
+        bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_get_current_pid_tgid,
+        bpf_get_netns_cookie, bpf_get_prandom_u32, bpf_get_socket_cookie, bpf_set_retval, bpf_setsockopt,
+        bpf_sk_release, bpf_skc_lookup_tcp,
     },
     programs::SockAddrContext,
 };
 use weft_ebpf_common::{
-    Addr, CountKey, Event, Pod, SkMeta, VipKey, addr,
+    Addr, AddrInfo, CountKey, Event, Pod, SkMeta, VipKey, addr,
     codes::{
-        TUNNEL_PORT, config, direction, event, info, kind, outcome, pod, proto, reason, stat, subject,
-        verdict,
+        TUNNEL_PORT, VIP_NO_ENDPOINT, cgroup, config, direction, event, info, kind, outcome, pod, proto,
+        reason, stat, subject, verdict,
     },
     judge::{Judgement, Query},
 };
@@ -24,7 +25,7 @@ use weft_ebpf_common::{
 use crate::{
     events,
     log::trace_line,
-    maps::{PODS, VIP_DENIED},
+    maps::{CGROUPS, PODS, VIP_DENIED},
     sock, tables,
 };
 
@@ -114,7 +115,8 @@ fn unknown<const V6: bool>(call: &Call<'_, V6>) -> i32 {
     }
     events::count(stat::UNKNOWN_NETNS);
     let refused = tables::config() & config::UNKNOWN_REFUSE_ALL != 0
-        || tables::address(&call.dst).is_some_and(|found| tables::is_enrolled(found.flags));
+        || tables::dialled(&call.dst, call.port, proto::TCP)
+            .is_some_and(|(found, _)| tables::is_enrolled(found.flags));
     let result = if refused { outcome::DENIED } else { outcome::FORWARDED };
     let why = if refused { reason::UNKNOWN_PEER } else { reason::NONE };
     emit(call, event::UNKNOWN_NETNS, result, why, (subject::UNKNOWN, subject::UNKNOWN), 0, &addr::NONE);
@@ -132,24 +134,22 @@ fn judge<const V6: bool>(call: &Call<'_, V6>, own: &Pod, sk: *mut aya_ebpf::bind
         report(call, own, outcome::DENIED, reason::PROXY_BYPASSED, 0, 0);
         return refuse();
     }
-    if addr::is_loopback(dst)
-        || addr::is_unspecified(dst)
-        || addr::same(dst, &own.ip4)
-        || addr::same(dst, &own.ip6)
-    {
+    let host = own.flags & pod::HOST != 0;
+    // A node's own address has ports of Services.
+    let itself = !host && (addr::same(dst, &own.ip4) || addr::same(dst, &own.ip6));
+    if addr::is_loopback(dst) || addr::is_unspecified(dst) || itself {
         return PASS;
     }
-    let exact = tables::address(dst);
-    let Some(found) = (match exact {
-        Some(found) => Some(found),
-        None => tables::range(dst),
-    }) else {
+    let Some(found) = tables::dialled_or_range(dst, call.port, proto::TCP) else {
         return PASS;
     };
-    if !tables::is_mesh(found.flags) {
+    if !tables::is_mesh(found.flags) || (host && !(tables::is_enrolled(found.flags) && of_a_pod())) {
         return PASS;
     }
     let reported = tables::reported(&found);
+    if own.flags & pod::HELD != 0 {
+        return held(call, own, sk, &found);
+    }
     if call.port == TUNNEL_PORT {
         events::count(stat::TUNNEL_DIALLED);
         report(call, own, outcome::DENIED, reason::TUNNEL_PORT_DIALLED, reported, 0);
@@ -167,20 +167,58 @@ fn judge<const V6: bool>(call: &Call<'_, V6>, own: &Pod, sk: *mut aya_ebpf::bind
         if judged.denied() {
             return deny(call, own, found.subject, &judged);
         }
+        // The Pod would take a connection of the node's own network for one from outside the mesh.
         let shortcut = info::LOCAL | info::SHORTCUT_OK;
-        if judged.verdict != verdict::PROXY && found.flags & shortcut == shortcut {
+        if !host && judged.verdict != verdict::PROXY && found.flags & shortcut == shortcut {
             return direct(call, own, sk, found.subject, judged.policy);
         }
     } else if found.flags & info::SERVICE != 0 {
         let key = VipKey { subject: own.subject, port: call.port, pad: 0, addr: *dst };
         // SAFETY: four bytes, copied at once.
         if let Some(&policy) = unsafe { VIP_DENIED.get(key) } {
-            let why = if policy == 0 { reason::POLICY_DENIED } else { reason::POLICY_DENY_RULE };
+            let (why, policy) = match policy {
+                VIP_NO_ENDPOINT => (reason::NO_ENDPOINT, 0),
+                0 => (reason::POLICY_DENIED, 0),
+                policy => (reason::POLICY_DENY_RULE, policy),
+            };
             let judged = Judgement { verdict: verdict::DENY, reason: why, policy };
             return deny(call, own, reported, &judged);
         }
     }
     redirect(call, own, sk, reported)
+}
+
+/// Whether the process is one of a Pod, and none of an agent: the node's own network has others, which are left alone.
+#[inline(always)]
+fn of_a_pod() -> bool {
+    // SAFETY: takes nothing, gives a number.
+    let own = unsafe { bpf_get_current_cgroup_id() };
+    // SAFETY: four bytes, copied at once; here and below.
+    if unsafe { CGROUPS.get(own) }.copied() == Some(cgroup::AGENT) {
+        return false;
+    }
+    for level in 1..=cgroup::LEVELS {
+        // SAFETY: takes a number, gives a number: 0 below the process's own cgroup.
+        let id = unsafe { bpf_get_current_ancestor_cgroup_id(level) };
+        if id == 0 {
+            return false;
+        }
+        // SAFETY: as above.
+        if unsafe { CGROUPS.get(id) }.copied() == Some(cgroup::PODS) {
+            return true;
+        }
+    }
+    false
+}
+
+/// A Pod that nobody has described yet: a Service outside the mesh is open to it, what may be of the mesh is not.
+#[inline(always)]
+fn held<const V6: bool>(call: &Call<'_, V6>, own: &Pod, sk: *mut bpf_sock, found: &AddrInfo) -> i32 {
+    if found.flags & info::SERVICE != 0 && !tables::is_enrolled(found.flags) {
+        return direct(call, own, sk, subject::UNKNOWN, 0);
+    }
+    let refused = Judgement { verdict: verdict::DENY, reason: reason::UNKNOWN_PEER, policy: 0 };
+    deny(call, own, tables::reported(found), &refused)
 }
 
 #[inline(always)]
@@ -212,7 +250,14 @@ fn redirect<const V6: bool>(call: &Call<'_, V6>, own: &Pod, sk: *mut bpf_sock, d
     // SAFETY: takes nothing, gives a number.
     let spread = unsafe { bpf_get_prandom_u32() };
     let v4 = addr::is_v4(&call.dst);
-    let target = if v4 { addr::v4(addr::redirect4(own.slot, spread)) } else { own.ip6 };
+    let host = own.flags & pod::HOST != 0;
+    let target = match (v4, host) {
+        (true, true) => addr::v4(addr::redirect4(own.slot, spread & (addr::HOST_SPREAD - 1))),
+        (true, false) => addr::v4(addr::redirect4(own.slot, spread)),
+        // Whoever is outside could dial the node's address.
+        (false, true) => addr::LOOPBACK6,
+        (false, false) => own.ip6,
+    };
     let port = match (v4, spread & 1) {
         (true, _) => own.out_port,
         (false, 0) => own.out_port6[0],

@@ -8,8 +8,8 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use weft_ebpf_common::{
-    Addr, AddrInfo, Config, CountKey, Event, FragKey, ListenerKey, OrigDst, Pod, PolicyKey, PolicyVal, Probe,
-    SkMeta, Tuple, VipKey, codes::stat,
+    Addr, AddrInfo, Config, CountKey, Event, FragKey, Front, FrontKey, ListenerKey, OrigDst, Pod, PolicyKey,
+    PolicyVal, Probe, SkMeta, Tuple, VipKey, codes::stat,
 };
 
 /// Memory as it is needed: these maps are sized for the largest clusters.
@@ -77,6 +77,14 @@ pub(crate) static KUBELETS: HashMap<u64, u32, 16, GROW> = HashMap::new();
 /// The kubelet's SYNs between the packet hook and the choice of the socket.
 #[btf_map]
 pub(crate) static PROBES: LruHashMap<Tuple, Probe, 8_192> = LruHashMap::new();
+
+/// Ports that are a Service's, on addresses that are not the Service's alone.
+#[btf_map]
+pub(crate) static FRONTS: HashMap<FrontKey, Front, 65_536, GROW> = HashMap::new();
+
+/// Cgroups by which processes of the node's own network are told apart.
+#[btf_map]
+pub(crate) static CGROUPS: HashMap<u64, u32, 64, GROW> = HashMap::new();
 
 /// Exact counters of decisions.
 #[btf_map]

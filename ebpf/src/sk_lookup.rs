@@ -108,6 +108,10 @@ fn inbound(ctx: &SkLookupContext, ends: &Ends, own: &Pod) -> u32 {
         report(ends, own, (subject::HOST, probe.cgroup), outcome::FORWARDED, &passed);
         return PASS;
     }
+    if own.flags & pod::HELD != 0 {
+        let refused = Judgement { verdict: verdict::DENY, reason: reason::UNKNOWN_PEER, policy: 0 };
+        return deny(ctx, ends, own, subject::UNKNOWN, &refused);
+    }
     let dst_flags = tables::destination(&ends.local, own.flags);
     let strict = own.flags & pod::STRICT != 0 || dst_flags & info::STRICT != 0;
     let dst_flags = if strict { dst_flags | info::STRICT } else { dst_flags };

@@ -2,12 +2,12 @@
 
 use aya_ebpf::btf_maps::lpm_trie::Key;
 use weft_ebpf_common::{
-    Addr, AddrInfo, PolicyKey, PolicyVal,
+    Addr, AddrInfo, FrontKey, PolicyKey, PolicyVal, addr,
     codes::{info, pod, subject},
     judge::{Judgement, Query, judge, judge_service, outside_subject},
 };
 
-use crate::maps::{ADDRS, CIDRS, CONFIG, POLICY};
+use crate::maps::{ADDRS, CIDRS, CONFIG, FRONTS, POLICY};
 
 /// What is known of this very address.
 #[inline(always)]
@@ -22,12 +22,34 @@ pub(crate) fn range(addr: &Addr) -> Option<AddrInfo> {
     CIDRS.get(&Key::new(128, *addr)).copied()
 }
 
-/// The address, else its range.
+/// What is known of a port of an address, and the port that policy knows it by: a Service may have ports on addresses
+/// that are not its own, such as a node's.
 #[inline(always)]
-pub(crate) fn address_or_range(addr: &Addr) -> Option<AddrInfo> {
-    match address(addr) {
-        Some(found) => Some(found),
-        None => range(addr),
+pub(crate) fn dialled(to: &Addr, port: u16, proto: u8) -> Option<(AddrInfo, u16)> {
+    let found = address(to)?;
+    if found.flags & info::FRONT == 0 {
+        return Some((found, port));
+    }
+    let mut key = FrontKey { addr: *to, port, proto, pad: 0 };
+    // SAFETY: rows are replaced whole by the agent, and copied at once.
+    let mut front = unsafe { FRONTS.get(&key) };
+    if front.is_none() && found.flags & info::NODE != 0 {
+        key.addr = addr::NONE;
+        // SAFETY: as above.
+        front = unsafe { FRONTS.get(&key) };
+    }
+    match front {
+        Some(front) => Some((AddrInfo { subject: front.subject, flags: front.flags }, front.port)),
+        None => Some((found, port)),
+    }
+}
+
+/// The port of the address, else the address's range.
+#[inline(always)]
+pub(crate) fn dialled_or_range(to: &Addr, port: u16, proto: u8) -> Option<AddrInfo> {
+    match dialled(to, port, proto) {
+        Some((found, _)) => Some(found),
+        None => range(to),
     }
 }
 

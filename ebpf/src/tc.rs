@@ -115,7 +115,8 @@ fn judge_out(ctx: &TcContext, own: &Pod, packet: &Packet) -> i32 {
         return syn_out(ctx, own, packet);
     }
     let strict = |to: &AddrInfo| own.flags & pod::STRICT != 0 || to.flags & info::STRICT != 0;
-    let Some(to) = tables::address(&packet.dst).filter(|to| to_be_judged(to, strict(to))) else {
+    let dialled = tables::dialled(&packet.dst, packet.policy_port(), packet.proto);
+    let Some((to, port)) = dialled.filter(|(to, _)| to_be_judged(to, strict(to))) else {
         // Not ours to judge; but its replies must come back in.
         remember(packet);
         return TC_ACT_UNSPEC;
@@ -123,15 +124,17 @@ fn judge_out(ctx: &TcContext, own: &Pod, packet: &Packet) -> i32 {
     let query = Query {
         src: own.subject,
         dst: to.subject,
-        port: packet.policy_port(),
+        port,
         proto: packet.proto,
         authenticated: true,
         dst_flags: to.flags,
     };
-    let judged = if to.flags & info::ENROLLED == 0 {
-        tables::service_verdict(&query)
-    } else if is_reply(packet) {
+    let judged = if to.flags & info::ENROLLED != 0 && is_reply(packet) {
         return TC_ACT_UNSPEC;
+    } else if own.flags & pod::HELD != 0 {
+        refusal(reason::UNKNOWN_PEER)
+    } else if to.flags & info::ENROLLED == 0 {
+        tables::service_verdict(&query)
     } else {
         direct_verdict(&query, to.flags & info::LOCAL == 0 && strict(&to))
     };
@@ -152,7 +155,7 @@ fn syn_out(ctx: &TcContext, own: &Pod, packet: &Packet) -> i32 {
     if packet.tcp_flags & (tcp::SYN | tcp::ACK) != tcp::SYN {
         return TC_ACT_UNSPEC;
     }
-    let Some(to) = tables::address_or_range(&packet.dst) else {
+    let Some(to) = tables::dialled_or_range(&packet.dst, packet.dport, proto::TCP) else {
         return TC_ACT_UNSPEC;
     };
     if !tables::is_mesh(to.flags) || through_the_mesh(ctx) {
@@ -192,6 +195,9 @@ fn judge_in(ctx: &TcContext, own: &Pod, packet: &Packet) -> i32 {
     }
     if packet.control || is_reply(packet) {
         return TC_ACT_UNSPEC;
+    }
+    if own.flags & pod::HELD != 0 {
+        return settle(own, packet, (0, own.subject), &refusal(reason::UNKNOWN_PEER), Way::In);
     }
     let dst = if addr::is_multicast(&packet.dst) {
         if addr::is_v4(&packet.dst) { &own.ip4 } else { &own.ip6 }

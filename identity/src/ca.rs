@@ -4,6 +4,7 @@ use std::{
     fmt,
     net::IpAddr,
     path::Path,
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 
@@ -22,8 +23,10 @@ use x509_parser::{
 };
 use zeroize::{Zeroize, Zeroizing};
 
+use self::chain::Certificates;
 use crate::issuer::{BoxFuture, CsrSigner, IssueError, Signed};
 
+mod chain;
 mod file;
 
 /// How long a new root lives.
@@ -62,9 +65,16 @@ pub enum CaError {
     },
     /// The file's text is not one key and its certificate.
     #[error(
-        "the authority's PEM is not usable: {0}; it must hold one ECDSA P-256 PKCS#8 key and its certificate"
+        "the authority's PEM is not usable: {0}; it must hold one ECDSA P-256 key and its certificate (with cert-manager: \
+         privateKey.algorithm ECDSA, size 256)"
     )]
     Pem(&'static str),
+    /// What it signs does not lead to the roots.
+    #[error(
+        "what this authority signs is not trusted by its own roots: {0}; tls.crt must hold every intermediate, and ca.crt \
+         the root above them"
+    )]
+    Chain(String),
     /// The root is of another mesh.
     #[error("the root certificate is of the trust domain {found}, this mesh is {expected}")]
     TrustDomain {
@@ -95,11 +105,14 @@ pub enum CaError {
 /// A root key and its certificate. `Debug` shows neither.
 pub struct EmbeddedCa {
     domain: TrustDomain,
-    signer: Signer<'static, KeyPair>,
+    signer: Arc<Signer<'static, KeyPair>>,
+    /// The signing one.
     certificate: CertificateDer<'static>,
+    /// It and those above it, without the root; empty where it is the root.
+    intermediates: Vec<CertificateDer<'static>>,
     not_after: SystemTime,
-    /// Older or newer roots that are trusted too, while a root is being replaced.
-    others: Vec<CertificateDer<'static>>,
+    /// Older or newer ones are trusted too, while a root is being replaced.
+    roots: Vec<CertificateDer<'static>>,
 }
 
 /// The operator's own TLS identity.
@@ -129,7 +142,7 @@ impl EmbeddedCa {
         params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         let certificate = params.self_signed(&key).map_err(crypto)?.der().clone();
-        Self::assemble(domain, key, certificate, Vec::new())
+        Self::assemble(domain, key, vec![certificate], Vec::new())
     }
 
     /// Opens the authority in the file `path`, or makes one there: mode 0600, complete or not at all, and safe
@@ -150,52 +163,52 @@ impl EmbeddedCa {
         Self::from_pem(&pem, domain)
     }
 
-    /// Reads an authority: one PKCS#8 key, its certificate, and further roots to trust.
+    /// Reads an authority: one PKCS#8 key, its certificate, those between it and a root, and roots to trust.
     ///
     /// # Errors
-    /// When it is malformed, the certificate may not sign, has expired, or is of another trust domain.
+    /// When it is malformed, the certificate may not sign, leads to no root, has expired, or is of another trust domain.
     pub fn from_pem(pem: &str, domain: TrustDomain) -> Result<Self, CaError> {
         let (key, certificates) = file::parse(pem)?;
-        let mut own = None;
-        let mut others = Vec::new();
-        for certificate in certificates {
-            if own.is_none() && file::public_key(&certificate)? == key.subject_public_key_info() {
-                own = Some(certificate);
-            } else {
-                others.push(certificate);
-            }
+        Self::assemble(domain, key, certificates, Vec::new())
+    }
+
+    /// Reads an authority in parts: the key (PKCS#8), its certificate with those above it, and the roots. Where no roots
+    /// are given the chain must hold one.
+    ///
+    /// # Errors
+    /// As [`Self::from_pem`].
+    pub fn from_parts(key: &str, chain: &str, roots: &str, domain: TrustDomain) -> Result<Self, CaError> {
+        let (key, none) = file::parse(key)?;
+        if !none.is_empty() {
+            return Err(CaError::Pem("the key is followed by a certificate"));
         }
-        let own = own.ok_or(CaError::Pem("no certificate belongs to the key"))?;
-        Self::assemble(domain, key, own, others)
+        Self::assemble(domain, key, file::certificates(chain)?, file::certificates(roots)?)
     }
 
     /// The key and all certificates as PEM, as [`EmbeddedCa::from_pem`] reads them. Wiped when dropped.
     pub fn to_pem(&self) -> Zeroizing<String> {
         let key = Zeroizing::new(self.signer.key().serialize_pem());
+        let between: String = self.intermediates.iter().map(file::certificate_pem).collect();
         let roots = self.roots_pem();
         // In one allocation: growing would leave copies of the key behind.
-        let mut whole = Zeroizing::new(String::with_capacity(key.len() + roots.len()));
+        let mut whole = Zeroizing::new(String::with_capacity(key.len() + between.len() + roots.len()));
         whole.push_str(&key);
+        whole.push_str(&between);
         whole.push_str(&roots);
         whole
     }
 
-    /// The trust domain.
-    pub fn trust_domain(&self) -> &TrustDomain {
-        &self.domain
-    }
-
-    /// The roots that peers shall trust; the signing one first.
+    /// The roots that peers shall trust; the signing one first, where it is one.
     pub fn roots(&self) -> Vec<CertificateDer<'static>> {
-        std::iter::once(&self.certificate).chain(&self.others).cloned().collect()
+        self.roots.clone()
     }
 
     /// The roots as PEM, for agents that verify the operator.
     pub fn roots_pem(&self) -> String {
-        self.roots().iter().map(file::certificate_pem).collect()
+        self.roots.iter().map(file::certificate_pem).collect()
     }
 
-    /// When the signing certificate expires.
+    /// When the signing certificate, or the first of those between it and the root, expires.
     pub fn not_after(&self) -> SystemTime {
         self.not_after
     }
@@ -222,13 +235,24 @@ impl EmbeddedCa {
             return Err(CaError::Foreign(id.clone(), self.domain.clone()));
         }
         let request = request(csr_der)?;
+        let leaf = self.leaf_for(id, &request.public_key, lifetime, now)?;
+        let chain = std::iter::once(leaf).chain(self.intermediates.iter().cloned()).collect();
+        Ok(Signed { chain, roots: self.roots() })
+    }
+
+    fn leaf_for(
+        &self,
+        id: &SpiffeId,
+        key: &impl PublicKeyData,
+        lifetime: Duration,
+        now: SystemTime,
+    ) -> Result<CertificateDer<'static>, CaError> {
         let mut params = self.leaf(lifetime.min(MAX_SVID_LIFETIME), now)?;
         // With an empty subject the SAN extension is critical, as the specification wants it (section 2).
         params.subject_alt_names = vec![uri(id.as_str())?];
         params.extended_key_usages =
             vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
-        let leaf = params.signed_by(&request.public_key, &self.signer).map_err(crypto)?;
-        Ok(Signed { chain: vec![leaf.der().clone()], roots: self.roots() })
+        Ok(params.signed_by(key, &self.signer).map_err(crypto)?.der().clone())
     }
 
     /// A key and a server certificate for DNS names and addresses: the operator's own gRPC TLS. It has no SPIFFE
@@ -249,7 +273,8 @@ impl EmbeddedCa {
         let leaf = params.signed_by(&key, &self.signer).map_err(crypto)?;
         let key_pem = Zeroizing::new(key.serialize_pem());
         key.zeroize();
-        Ok(ServerCredentials { chain_pem: file::certificate_pem(leaf.der()), key_pem, not_after })
+        let chain = std::iter::once(leaf.der()).chain(&self.intermediates);
+        Ok(ServerCredentials { chain_pem: chain.map(file::certificate_pem).collect(), key_pem, not_after })
     }
 
     #[cfg(test)]
@@ -260,12 +285,18 @@ impl EmbeddedCa {
     fn assemble(
         domain: TrustDomain,
         key: KeyPair,
-        certificate: CertificateDer<'static>,
-        others: Vec<CertificateDer<'static>>,
+        given: Vec<CertificateDer<'static>>,
+        declared: Vec<CertificateDer<'static>>,
     ) -> Result<Self, CaError> {
-        let not_after = file::check_root(&certificate, &domain)?;
-        let signer = Signer::from_ca_cert_der(&certificate, key).map_err(crypto)?;
-        Ok(Self { domain, signer, certificate, not_after, others })
+        let Certificates { signing, intermediates, roots } = Certificates::sort(&key, given, declared)?;
+        let mut not_after = file::check_authority(&signing, &domain)?;
+        for certificate in &intermediates {
+            not_after = not_after.min(file::check_authority(certificate, &domain)?);
+        }
+        let signer = Arc::new(Signer::from_ca_cert_der(&signing, key).map_err(crypto)?);
+        let ca = Self { domain, signer, certificate: signing, intermediates, not_after, roots };
+        ca.prove()?;
+        Ok(ca)
     }
 
     /// What every leaf has: no authority, signatures only, a random serial number, and a life within the root's.

@@ -77,14 +77,20 @@ impl OperatorIssuer {
     }
 
     async fn call(&self, id: &SpiffeId, csr_der: Vec<u8>) -> Result<Signed, IssueError> {
-        let (namespace, account) = id
-            .as_service_account()
-            .ok_or_else(|| IssueError::Request(format!("{id} is not the id of a service account")))?;
-        let mut request = Request::new(SignRequest {
-            namespace: namespace.to_owned(),
-            service_account: account.to_owned(),
-            csr_der,
-        });
+        let mut request = match (id.as_service_account(), id.as_node()) {
+            (Some((namespace, account)), _) => Request::new(SignRequest {
+                namespace: namespace.to_owned(),
+                service_account: account.to_owned(),
+                csr_der,
+                ..SignRequest::default()
+            }),
+            (None, Some(node)) => {
+                Request::new(SignRequest { node: node.to_owned(), csr_der, ..SignRequest::default() })
+            }
+            (None, None) => {
+                return Err(IssueError::Request(format!("{id} is neither a service account's nor a node's")));
+            }
+        };
         request.set_timeout(CALL_TIMEOUT);
         let token = self.token.read().await.map_err(|error| IssueError::Request(error.to_string()))?;
         request.metadata_mut().insert("authorization", token);
@@ -118,7 +124,7 @@ impl CsrSigner for OperatorIssuer {
             request.metadata_mut().insert("authorization", token);
             let mut client = self.client.clone();
             let answers = client.trust(request).await.map_err(|status| refused(&status))?.into_inner();
-            Ok(answers.map(|answer| match answer {
+            Ok::<_, IssueError>(answers.map(|answer| match answer {
                 Ok(TrustResponse { trust_domain, roots_der }) if roots_der.len() <= MAX_ROOTS => {
                     let roots = roots_der.into_iter().map(CertificateDer::from).collect();
                     Ok(Update::Roots { trust_domain, roots })

@@ -63,6 +63,7 @@ pub struct Credentials {
     not_after: SystemTime,
     obtained: SystemTime,
     serial: String,
+    issued_by: String,
     generation: u64,
     server: Arc<ServerConfig>,
     /// Accepts this very id; the verifier is replaced for each peer.
@@ -106,6 +107,7 @@ impl Credentials {
         let (not_before, not_after) =
             (time(validity.not_before.timestamp()), time(validity.not_after.timestamp()));
         let serial = parsed.raw_serial_as_string();
+        let issued_by = parsed.issuer().to_string();
         let certified = Arc::new(CertifiedKey::from_der(signed.chain.clone(), key.private_key(), &provider)?);
         certified.keys_match()?;
         let bundle = Arc::new(bundle);
@@ -119,6 +121,7 @@ impl Credentials {
             not_after,
             obtained: now,
             serial,
+            issued_by,
             generation,
             server,
             client,
@@ -146,6 +149,11 @@ impl Credentials {
     /// The leaf's serial number, in hexadecimal bytes joined by colons.
     pub fn serial(&self) -> &str {
         &self.serial
+    }
+
+    /// The name of the authority that signed it, as its certificate gives it.
+    pub fn issued_by(&self) -> &str {
+        &self.issued_by
     }
 
     /// Greater than that of every credential made before in this process.

@@ -9,7 +9,7 @@ use futures_util::{
 use rustls_pki_types::CertificateDer;
 use weft_core::SpiffeId;
 
-use crate::SvidKey;
+use crate::{SvidKey, spire::SpireError};
 
 /// A boxed future, so that issuers can be trait objects.
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
@@ -25,6 +25,11 @@ pub trait Issuer: Send + Sync {
     /// that never has any leaves it pending.
     fn updates(&self) -> BoxStream<'_, Result<Update, IssueError>> {
         stream::pending().boxed()
+    }
+
+    /// Whether it renews by its own clock, through [`Self::updates`], what it has once issued.
+    fn renews(&self) -> bool {
+        false
     }
 
     /// `id` is not wanted any more: an issuer that follows it stops.
@@ -47,6 +52,13 @@ pub enum Update {
         id: SpiffeId,
         /// The new credential.
         issued: Issued,
+    },
+    /// An issuer that renews by its own clock cannot do so for now; it is asked again.
+    Failed {
+        /// Whose credential it would be.
+        id: SpiffeId,
+        /// Why there is none.
+        error: IssueError,
     },
 }
 
@@ -114,4 +126,7 @@ pub enum IssueError {
     /// The request could not be made.
     #[error("the request could not be made: {0}")]
     Request(String),
+    /// The SPIRE agent gives nothing that could be used.
+    #[error(transparent)]
+    Spire(#[from] SpireError),
 }

@@ -13,6 +13,7 @@ mod issuer;
 mod key;
 mod manager;
 mod peer;
+pub mod spire;
 mod store;
 #[cfg(test)]
 mod testing;

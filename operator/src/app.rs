@@ -5,6 +5,7 @@ use std::{fs, io, net::SocketAddr, path::Path, sync::Arc, time::Duration};
 use anyhow::{Context, Result, bail};
 use futures_util::{Stream, future::BoxFuture};
 use prometheus_client::registry::Registry;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::{
     net::TcpListener,
     sync::{mpsc, watch},
@@ -23,13 +24,14 @@ use weft_runtime::{
 
 use crate::{
     auth::{Authenticator, Tokens},
+    authority::Expiry,
     cli::{Cli, Command, RunArgs, SourceArg},
     controller::{Controller, Overview},
     distribution::Distribution,
-    grpc::{control::ControlService, identity::IdentityService},
+    grpc::{control::ControlService, identity::IdentityService, pieces::InPieces, turns::Turns},
     index::Index,
     last_good::{Kept, LastGood},
-    metrics::Metrics,
+    metrics::{Behind, Metrics},
     objects::{self, Object},
     relay::{
         Relay,
@@ -69,6 +71,7 @@ pub fn main(cli: Cli) -> Result<()> {
     let Some(args) = cli.run else { bail!("say --source; see --help") };
     // What the API client has to say is said by those who use it.
     telemetry::init("info,kube_client=error,kube_runtime=error", args.log_json);
+    open_files();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(async {
         let (operator, trigger) = build(&args).await?;
@@ -88,6 +91,14 @@ pub fn main(cli: Cli) -> Result<()> {
             None => Ok(()),
         }
     })
+}
+
+/// Allows as many open files as the system does: each agent is one, and runtimes start containers with room for 1024.
+fn open_files() {
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
+        tracing::warn!("the limit of open files stays at {:?}: {error}", limit.current);
+    }
 }
 
 /// A running operator.
@@ -130,7 +141,9 @@ pub async fn build(args: &RunArgs) -> Result<(Operator, DrainTrigger)> {
     let mut registry = Registry::default();
     tasks.register(&mut registry);
     let metrics = Metrics::new(&mut registry);
+    registry.register_collector(Box::new(Expiry(ca.clone())));
     let distribution = Arc::new(Distribution::new());
+    registry.register_collector(Box::new(Behind(Arc::clone(&distribution))));
     let operator = Operator {
         listen: listener.local_addr()?,
         admin: admin_listener.local_addr()?,
@@ -177,6 +190,7 @@ pub async fn build(args: &RunArgs) -> Result<(Operator, DrainTrigger)> {
         distribution: Arc::clone(&distribution),
         callers: Arc::clone(&callers),
         metrics: metrics.clone(),
+        turns: Turns::default(),
         tasks: tasks.clone(),
         drain: drain.clone(),
     };
@@ -197,7 +211,7 @@ pub async fn build(args: &RunArgs) -> Result<(Operator, DrainTrigger)> {
         .http2_max_header_list_size(16 << 10)
         .http2_keepalive_interval(Some(Duration::from_secs(10)))
         .http2_keepalive_timeout(Some(Duration::from_secs(10)))
-        .add_service(ControlServer::new(control).max_decoding_message_size(MAX_REQUEST))
+        .add_service(InPieces(ControlServer::new(control).max_decoding_message_size(MAX_REQUEST)))
         .add_service(IdentityServer::new(identities).max_decoding_message_size(MAX_REQUEST))
         .add_service(RelayServer::new(relay).max_decoding_message_size(MAX_ANSWER))
         .add_service(ObserverServer::new(people.clone()).max_decoding_message_size(MAX_REQUEST))

@@ -12,10 +12,15 @@ use std::{
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use parking_lot::Mutex;
+use prometheus_client::{
+    collector::Collector,
+    encoding::{DescriptorEncoder, EncodeMetric as _},
+    metrics::{MetricType, gauge::ConstGauge},
+};
 use rustls_pki_types::{CertificateDer, pem::PemObject};
 use sha2::{Digest, Sha256};
 use tokio::sync::watch;
-use weft_identity::ca::{CaError, EmbeddedCa, MAX_SVID_LIFETIME};
+use weft_identity::ca::{EmbeddedCa, MAX_SVID_LIFETIME};
 use zeroize::Zeroizing;
 
 /// How long a new root is only trusted before it signs. A ConfigMap reaches the nodes within a kubelet's sync period
@@ -39,6 +44,19 @@ struct State {
     retired: Vec<(CertificateDer<'static>, SystemTime)>,
 }
 
+/// The metric of when the CA expires.
+#[derive(Debug)]
+pub struct Expiry(pub watch::Receiver<Arc<EmbeddedCa>>);
+
+impl Collector for Expiry {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        let until = self.0.borrow().not_after().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let name = "weft_operator_ca_expiry_timestamp_seconds";
+        let metric = encoder.encode_descriptor(name, "When the CA expires", None, MetricType::Gauge)?;
+        ConstGauge::new(until.as_secs_f64()).encode(metric)
+    }
+}
+
 /// The roots in the form in which they are published.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Bundle {
@@ -55,14 +73,16 @@ pub enum Offered {
     Known,
     /// It is trusted now, and signs after the propagation.
     Staged,
+    /// It signs from now on: its roots were trusted before.
+    Replaced,
 }
 
 impl Authority {
     /// With a CA that signs from now on. `propagation` is [`PROPAGATION`] but in tests.
-    pub fn new(ca: EmbeddedCa, propagation: Duration) -> Result<Self, CaError> {
+    pub fn new(ca: EmbeddedCa, propagation: Duration) -> Self {
         let state = State { signer: ca, next: None, retired: Vec::new() };
-        let current = watch::Sender::new(Arc::new(state.publish()?));
-        Ok(Self { propagation, state: Mutex::new(state), current })
+        let current = watch::Sender::new(Arc::new(state.publish()));
+        Self { propagation, state: Mutex::new(state), current }
     }
 
     /// The CA that signs; its roots are all that are trusted.
@@ -76,34 +96,39 @@ impl Authority {
     }
 
     /// Takes the CA that shall sign in the future.
-    ///
-    /// # Errors
-    /// When the roots cannot be put together; nothing changes then.
-    pub fn offer(&self, ca: EmbeddedCa, now: SystemTime) -> Result<Offered, CaError> {
+    pub fn offer(&self, ca: EmbeddedCa, now: SystemTime) -> Offered {
         let mut state = self.state.lock();
         let mut outcome = Offered::Known;
-        if own(&ca) == own(&state.signer) {
+        let trusted = state.signer.roots();
+        if ca.certificate() == state.signer.certificate() {
             // The roots beside it may be others. A successor that was taken back has signed nothing here, but perhaps
             // at another replica.
             let taken_back = state.next.take();
             state.retire(taken_back.as_ref().map(|(next, _)| next), now);
             state.signer = ca;
-        } else if let Some((next, _)) = state.next.as_mut().filter(|(next, _)| own(next) == own(&ca)) {
+        } else if let Some((next, _)) =
+            state.next.as_mut().filter(|(next, _)| next.certificate() == ca.certificate())
+        {
             *next = ca;
+        } else if ca.roots().iter().all(|root| trusted.contains(root)) {
+            // Another intermediate below the same root: everybody trusts it already.
+            let taken_back = state.next.take();
+            state.retire(taken_back.as_ref().map(|(next, _)| next), now);
+            let before = std::mem::replace(&mut state.signer, ca);
+            state.retire(Some(&before), now);
+            outcome = Offered::Replaced;
         } else {
             let replaced = state.next.replace((ca, now));
             state.retire(replaced.as_ref().map(|(next, _)| next), now);
             outcome = Offered::Staged;
         }
-        self.publish(&state)?;
-        Ok(outcome)
+        state.advance(self.propagation, now);
+        self.publish(&state);
+        outcome
     }
 
     /// Takes what an earlier process or another replica published.
-    ///
-    /// # Errors
-    /// When the roots cannot be put together.
-    pub fn adopt(&self, bundle: &Bundle, now: SystemTime) -> Result<(), CaError> {
+    pub fn adopt(&self, bundle: &Bundle, now: SystemTime) {
         let mut state = self.state.lock();
         let trusted = state.roots();
         for root in CertificateDer::pem_slice_iter(bundle.pem.as_bytes()).filter_map(Result::ok) {
@@ -120,30 +145,17 @@ impl Authority {
                 state.retired.push((root, until));
             }
         }
-        self.publish(&state)
+        self.publish(&state);
     }
 
     /// Lets time do its work: a successor that is known everywhere begins to sign, old roots go. True where the signer
     /// changed.
-    ///
-    /// # Errors
-    /// When the roots cannot be put together.
-    pub fn tick(&self, now: SystemTime) -> Result<bool, CaError> {
+    pub fn tick(&self, now: SystemTime) -> bool {
         let mut state = self.state.lock();
-        let due = |(_, since): &(EmbeddedCa, SystemTime)| {
-            now.duration_since(*since).is_ok_and(|age| age >= self.propagation)
-        };
-        let mut changed = false;
-        if state.next.as_ref().is_some_and(due)
-            && let Some((next, _)) = state.next.take()
-        {
-            let before = std::mem::replace(&mut state.signer, next);
-            state.retire(Some(&before), now);
-            changed = true;
-        }
+        let changed = state.advance(self.propagation, now);
         state.retired.retain(|(_, until)| *until > now);
-        self.publish(&state)?;
-        Ok(changed)
+        self.publish(&state);
+        changed
     }
 
     /// What shall be published.
@@ -160,16 +172,15 @@ impl Authority {
         Bundle { pem: state.roots().iter().map(|c| pem("CERTIFICATE", c)).collect(), retire_at }
     }
 
-    fn publish(&self, state: &State) -> Result<(), CaError> {
-        let new = state.publish()?;
+    fn publish(&self, state: &State) {
+        let new = state.publish();
         self.current.send_if_modified(|current| {
-            let changed = current.roots() != new.roots();
+            let changed = current.roots() != new.roots() || current.certificate() != new.certificate();
             if changed {
                 *current = Arc::new(new);
             }
             changed
         });
-        Ok(())
     }
 }
 
@@ -180,6 +191,23 @@ impl fmt::Debug for Authority {
 }
 
 impl State {
+    /// Lets the successor sign once it is known everywhere; true where it does from now on. Beside a signer that has
+    /// expired it does so at once: nothing can be signed before, and waiting would only make the outage longer.
+    fn advance(&mut self, propagation: Duration, now: SystemTime) -> bool {
+        let expired = self.signer.not_after() <= now;
+        let due = |(_, since): &(EmbeddedCa, SystemTime)| {
+            expired || now.duration_since(*since).is_ok_and(|age| age >= propagation)
+        };
+        if self.next.as_ref().is_some_and(due)
+            && let Some((next, _)) = self.next.take()
+        {
+            let before = std::mem::replace(&mut self.signer, next);
+            self.retire(Some(&before), now);
+            return true;
+        }
+        false
+    }
+
     /// Roots that stay for now, the signing one first.
     fn lasting(&self) -> Vec<CertificateDer<'static>> {
         let next = self.next.iter().flat_map(|(next, _)| next.roots());
@@ -202,19 +230,9 @@ impl State {
     }
 
     /// The signer together with all roots.
-    fn publish(&self) -> Result<EmbeddedCa, CaError> {
-        let own = self.signer.to_pem();
-        let key = own.split("-----BEGIN CERTIFICATE-----").next().unwrap_or_default();
-        let roots: String = self.roots().iter().map(|c| pem("CERTIFICATE", c)).collect();
-        let mut whole = Zeroizing::new(String::with_capacity(key.len() + roots.len()));
-        whole.push_str(key);
-        whole.push_str(&roots);
-        EmbeddedCa::from_pem(&whole, self.signer.trust_domain().clone())
+    fn publish(&self) -> EmbeddedCa {
+        self.signer.with_roots(self.roots())
     }
-}
-
-fn own(ca: &EmbeddedCa) -> Option<CertificateDer<'static>> {
-    ca.roots().into_iter().next()
 }
 
 fn unique(roots: impl Iterator<Item = CertificateDer<'static>>) -> Vec<CertificateDer<'static>> {
@@ -258,6 +276,10 @@ mod tests {
         EmbeddedCa::generate(TrustDomain::new("cluster.local").unwrap()).unwrap()
     }
 
+    fn own(ca: &EmbeddedCa) -> CertificateDer<'static> {
+        ca.certificate().clone()
+    }
+
     fn copy(ca: &EmbeddedCa) -> EmbeddedCa {
         EmbeddedCa::from_pem(&ca.to_pem(), ca.trust_domain().clone()).unwrap()
     }
@@ -265,50 +287,64 @@ mod tests {
     #[test]
     fn a_new_root_is_trusted_first_and_the_old_one_lasts() {
         let (old, new, wait) = (ca(), ca(), Duration::from_secs(100));
-        let (first, second) = (own(&old).unwrap(), own(&new).unwrap());
-        let authority = Authority::new(copy(&old), wait).unwrap();
+        let (first, second) = (own(&old), own(&new));
+        let authority = Authority::new(copy(&old), wait);
         let start = SystemTime::now();
-        assert_eq!(authority.offer(copy(&old), start).unwrap(), Offered::Known);
-        assert_eq!(authority.offer(copy(&new), start).unwrap(), Offered::Staged);
-        assert_eq!(authority.offer(copy(&new), start).unwrap(), Offered::Known);
+        assert_eq!(authority.offer(copy(&old), start), Offered::Known);
+        assert_eq!(authority.offer(copy(&new), start), Offered::Staged);
+        assert_eq!(authority.offer(copy(&new), start), Offered::Known);
         assert_eq!(authority.ca().roots(), [first.clone(), second.clone()]);
         assert!(authority.bundle().retire_at.is_empty());
 
-        assert!(!authority.tick(start + wait / 2).unwrap());
-        assert!(authority.tick(start + wait).unwrap());
+        assert!(!authority.tick(start + wait / 2));
+        assert!(authority.tick(start + wait));
         assert_eq!(authority.ca().roots(), [second.clone(), first.clone()]);
         let until = start + wait + MAX_SVID_LIFETIME;
         assert_eq!(authority.bundle().retire_at.len(), 1);
-        assert!(!authority.tick(until - Duration::from_secs(1)).unwrap());
+        assert!(!authority.tick(until - Duration::from_secs(1)));
         assert_eq!(authority.ca().roots().len(), 2);
-        authority.tick(until).unwrap();
+        authority.tick(until);
         assert_eq!(authority.ca().roots(), [second]);
+    }
+
+    #[test]
+    fn the_successor_of_an_expired_root_signs_at_once() {
+        let (old, new) = (ca(), ca());
+        let authority = Authority::new(copy(&old), PROPAGATION);
+        let late = old.not_after();
+        authority.offer(copy(&new), late - Duration::from_secs(1));
+        assert_eq!(own(&authority.ca()), own(&old));
+        assert!(authority.tick(late));
+        assert_eq!(own(&authority.ca()), own(&new));
+        let authority = Authority::new(copy(&old), PROPAGATION);
+        assert_eq!(authority.offer(copy(&new), late), Offered::Staged);
+        assert_eq!(authority.ca().roots(), [own(&new), own(&old)]);
     }
 
     #[test]
     fn a_process_that_starts_after_the_change_still_trusts_the_old_root() {
         let (old, new) = (ca(), ca());
-        let before = Authority::new(copy(&old), PROPAGATION).unwrap().bundle();
-        let authority = Authority::new(copy(&new), PROPAGATION).unwrap();
+        let before = Authority::new(copy(&old), PROPAGATION).bundle();
+        let authority = Authority::new(copy(&new), PROPAGATION);
         let now = SystemTime::now();
-        authority.adopt(&before, now).unwrap();
-        assert_eq!(authority.ca().roots(), [own(&new).unwrap(), own(&old).unwrap()]);
+        authority.adopt(&before, now);
+        assert_eq!(authority.ca().roots(), [own(&new), own(&old)]);
         // What it publishes says when the old root goes, and a third process keeps to that.
-        let third = Authority::new(copy(&new), PROPAGATION).unwrap();
+        let third = Authority::new(copy(&new), PROPAGATION);
         let later = now + MAX_SVID_LIFETIME / 2;
-        third.adopt(&authority.bundle(), later).unwrap();
-        third.tick(now + MAX_SVID_LIFETIME + Duration::from_secs(1)).unwrap();
+        third.adopt(&authority.bundle(), later);
+        third.tick(now + MAX_SVID_LIFETIME + Duration::from_secs(1));
         assert_eq!(third.ca().roots().len(), 1);
     }
 
     #[test]
     fn a_change_that_is_taken_back_changes_no_signer() {
         let (old, new) = (ca(), ca());
-        let authority = Authority::new(copy(&old), PROPAGATION).unwrap();
+        let authority = Authority::new(copy(&old), PROPAGATION);
         let now = SystemTime::now();
-        authority.offer(copy(&new), now).unwrap();
-        authority.offer(copy(&old), now).unwrap();
-        assert!(!authority.tick(now + PROPAGATION).unwrap());
-        assert_eq!(authority.ca().roots(), [own(&old).unwrap(), own(&new).unwrap()]);
+        authority.offer(copy(&new), now);
+        authority.offer(copy(&old), now);
+        assert!(!authority.tick(now + PROPAGATION));
+        assert_eq!(authority.ca().roots(), [own(&old), own(&new)]);
     }
 }

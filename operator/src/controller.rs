@@ -3,9 +3,13 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::Arc,
+    time::Duration,
 };
 
-use tokio::sync::{mpsc, watch};
+use tokio::{
+    sync::{mpsc, watch},
+    time::sleep,
+};
 use weft_core::Version;
 use weft_runtime::ReadyGuard;
 
@@ -24,12 +28,18 @@ pub(crate) struct Overview {
     /// The version that was published.
     pub(crate) version: Version,
     /// Each object's report, and the version from which on it is enforced.
-    pub(crate) objects: BTreeMap<ObjectKey, (Report, Version)>,
+    pub(crate) objects: BTreeMap<Arc<ObjectKey>, (Arc<Report>, Version)>,
     /// Nodes that there are by their objects.
-    pub(crate) nodes: BTreeSet<String>,
+    pub(crate) nodes: Arc<BTreeSet<String>>,
     /// Places that name no object.
     pub(crate) unreadable: BTreeMap<Arc<str>, String>,
 }
+
+/// Each agent is sent each version. What comes in a row is sent together, at intervals of this much for each agent, and
+/// the first of a row at once.
+const PACE: Duration = Duration::from_micros(100);
+/// The longest of these intervals.
+const MAX_PACE: Duration = Duration::from_millis(200);
 
 pub(crate) struct Controller {
     pub(crate) index: Index,
@@ -58,6 +68,8 @@ impl Controller {
             if let Some(ready) = ready.take() {
                 ready.ready();
             }
+            let agents = u32::try_from(self.metrics.streams.get()).unwrap_or_default();
+            sleep(PACE.saturating_mul(agents).min(MAX_PACE)).await;
         }
     }
 
@@ -84,8 +96,9 @@ impl Controller {
                 forms.insert(key, (origin, form));
             }
         }
-        let output = self.index.build();
-        let version = self.distribution.publish(output.resources, batch.noticed);
+        let changes = self.index.update();
+        let version = self.distribution.update(changes.resources, batch.noticed);
+        self.metrics.published.observe(batch.noticed.elapsed().as_secs_f64());
         // After the push, which must not wait for the disk: what is lost by a crash in between is read again.
         if let Some(last_good) = &mut self.last_good {
             for (key, (origin, form)) in forms {
@@ -95,25 +108,34 @@ impl Controller {
                 }
             }
         }
-        let objects = output
-            .reports
-            .into_iter()
-            .map(|(key, report)| {
-                let old = before.objects.get(&key);
-                if !report.accepted.ok && report.accepted.reason != "Invalid" {
-                    let said = old.is_some_and(|(r, _)| r.accepted == report.accepted);
-                    if !said {
-                        tracing::warn!("{}: {}", report.origin, report.accepted.message);
+        let mut objects = before.objects.clone();
+        for (key, report) in changes.reports {
+            let Some(report) = report else {
+                objects.remove(&key);
+                continue;
+            };
+            let old = objects.get_mut(&key);
+            if !report.accepted.ok && report.accepted.reason != "Invalid" {
+                let said = old.as_ref().is_some_and(|(r, _)| r.accepted == report.accepted);
+                if !said {
+                    tracing::warn!("{}: {}", report.origin, report.accepted.message);
+                }
+            }
+            match old {
+                Some((old, since)) => {
+                    // What stays the same stays the same allocation.
+                    if **old != report {
+                        *old = Arc::new(report);
+                    }
+                    if changed.contains(&key) {
+                        *since = version;
                     }
                 }
-                let since = match old {
-                    Some((_, since)) if !changed.contains(&key) => *since,
-                    _ => version,
-                };
-                (key, (report, since))
-            })
-            .collect();
-        let overview = Overview { version, objects, nodes: output.nodes, unreadable: batch.unreadable };
+                None => drop(objects.insert(Arc::new(key), (Arc::new(report), version))),
+            }
+        }
+        let nodes = changes.nodes.map_or_else(|| Arc::clone(&before.nodes), Arc::new);
+        let overview = Overview { version, objects, nodes, unreadable: batch.unreadable };
         self.count(&overview);
         self.overview.send_replace(Arc::new(overview));
     }

@@ -7,7 +7,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::watch;
 use weft_core::{Resource, ResourceKey, Version, Workload};
 
@@ -85,31 +85,46 @@ impl Distribution {
 
     /// Takes a new state. Where nothing differs from the last one, its version stays.
     pub fn publish(&self, resources: BTreeMap<ResourceKey, Resource>, noticed: Instant) -> Version {
-        let _publishing = self.publishing.lock();
+        let publishing = self.publishing.lock();
         let last = self.current();
-        let mut before = last.iter().flat_map(|last| &last.resources).peekable();
-        let mut keys = Vec::new();
-        // Both are in the order of their keys, so one walk over both finds what differs.
-        let resources: BTreeMap<ResourceKey, Published> = resources
-            .into_iter()
-            .map(|(key, resource)| {
-                while let Some((gone, _)) = before.next_if(|(old, _)| **old < key) {
-                    keys.push(gone.clone());
-                }
-                let published = match before.next_if(|(old, _)| **old == key) {
-                    // The old allocation is kept, so that later comparisons end at the pointer.
-                    Some((_, old)) if old.resource == resource => old.clone(),
-                    _ => {
-                        keys.push(key.clone());
-                        Published { resource, json: Arc::default() }
-                    }
-                };
-                (key, published)
-            })
+        let gone = last.iter().flat_map(|l| l.resources.keys()).filter(|key| !resources.contains_key(*key));
+        let mut changes: Vec<_> = gone.map(|key| (key.clone(), None)).collect();
+        changes.extend(resources.into_iter().map(|(key, resource)| (key, Some(resource))));
+        self.commit(&publishing, changes, noticed)
+    }
+
+    /// Takes what may differ from the last state; `None` where a resource is no more. Where nothing does, its version
+    /// stays.
+    pub fn update(
+        &self,
+        changes: impl IntoIterator<Item = (ResourceKey, Option<Resource>)>,
+        noticed: Instant,
+    ) -> Version {
+        self.commit(&self.publishing.lock(), changes, noticed)
+    }
+
+    fn commit(
+        &self,
+        _publishing: &MutexGuard<'_, ()>,
+        changes: impl IntoIterator<Item = (ResourceKey, Option<Resource>)>,
+        noticed: Instant,
+    ) -> Version {
+        let last = self.current();
+        let known = |key: &ResourceKey| last.as_ref().and_then(|l| l.resources.get(key));
+        let changes: Vec<_> = (changes.into_iter())
+            .filter(|(key, new)| known(key).map(|old| &old.resource) != new.as_ref())
             .collect();
-        keys.extend(before.map(|(gone, _)| gone.clone()));
-        if let Some(last) = last.as_ref().filter(|_| keys.is_empty()) {
+        if let Some(last) = last.as_ref().filter(|_| changes.is_empty()) {
             return last.version;
+        }
+        let mut resources = last.as_ref().map_or_else(BTreeMap::new, |l| l.resources.clone());
+        let mut keys = Vec::with_capacity(changes.len());
+        for (key, new) in changes {
+            keys.push(key.clone());
+            match new {
+                Some(resource) => drop(resources.insert(key, Published { resource, json: Arc::default() })),
+                None => drop(resources.remove(&key)),
+            }
         }
         let sequence = last.as_ref().map_or(0, |l| l.version.sequence) + 1;
         let version = Version { epoch: self.epoch, sequence };

@@ -11,6 +11,8 @@ use crate::{
 
 pub mod control;
 pub mod identity;
+pub mod pieces;
+pub mod turns;
 
 /// The node that a call comes from; refused calls are counted and logged.
 pub(crate) fn caller<'a, T>(

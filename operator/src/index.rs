@@ -1,8 +1,8 @@
-//! From objects to the resources that nodes get. Pure and synchronous: changes in, [`Output`] out.
+//! From objects to the resources that nodes get. Pure and synchronous: changes in, [`Changes`] out.
 //!
-//! A build goes over everything, but what costs is done once: Pods are read when they come, a workload that did not
-//! change keeps its allocation (so that later comparisons end at the pointer), and selectors are answered from a
-//! table of labels ([`lookup::Lookup`]), never by asking each Pod.
+//! Pods are read when they come, what a change cannot reach is left as it is ([`build`]), a workload that did not change
+//! keeps its allocation (so that later comparisons end at the pointer), and selectors are answered from a table of
+//! labels ([`lookup::Lookup`]), never by asking each Pod.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -29,13 +29,18 @@ use crate::{
     source::Change,
 };
 
+mod build;
+mod claims;
 mod lookup;
 mod mesh;
 mod pods;
 mod policies;
+mod report;
 mod routes;
 mod services;
 mod subjects;
+
+pub use build::Changes;
 
 /// How an object fares.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -92,6 +97,8 @@ enum Good {
     Node {
         ranges: Vec<Cidr>,
         zone: Arc<str>,
+        /// Its own network, as a caller.
+        host: Arc<weft_core::Workload>,
     },
     Ranges(Vec<Cidr>),
     Pod(Box<pods::Facts>),
@@ -106,7 +113,7 @@ enum Good {
     Mesh(config::MeshConfig, Vec<&'static str>),
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Entry {
     origin: Arc<str>,
     generation: i64,
@@ -122,18 +129,43 @@ struct Entry {
 pub struct Index {
     trust_domain: TrustDomain,
     entries: BTreeMap<ObjectKey, Entry>,
-    /// The workloads of the last build.
-    built: pods::Built,
+    claims: claims::Claims,
+    dirty: build::Dirty,
+    built: build::Built,
+}
+
+/// What of an object others follow from.
+#[derive(Debug, Default)]
+struct Trace {
+    pod: Option<pods::Facts>,
+    zone: Option<Arc<str>>,
+    host: Option<Arc<weft_core::Workload>>,
+    /// The targets of a policy (`None`: every Pod) and the ports that it calls by name.
+    selection: Option<(Option<Vec<authorization::Target>>, Vec<String>)>,
 }
 
 impl Index {
     /// An empty one. The trust domain stays for the process's life: the CA is made for it.
     pub fn new(trust_domain: TrustDomain) -> Self {
-        Self { trust_domain, entries: BTreeMap::new(), built: pods::Built::default() }
+        Self {
+            trust_domain,
+            entries: BTreeMap::new(),
+            claims: claims::Claims::default(),
+            dirty: build::Dirty::default(),
+            built: build::Built::default(),
+        }
     }
 
     /// Takes a change. `Some` holds what is wrong with it; the object's last good form then goes on.
     pub fn apply(&mut self, origin: &Arc<str>, change: Change) -> Option<String> {
+        let key = change.key().clone();
+        let before = self.entries.get(&key).map(Entry::trace).unwrap_or_default();
+        let problem = self.take(origin, change);
+        self.changed(&key, &before);
+        problem
+    }
+
+    fn take(&mut self, origin: &Arc<str>, change: Change) -> Option<String> {
         let (key, generation, checked, target_refs) = match change {
             Change::Remove(key) => {
                 self.entries.remove(&key);
@@ -177,6 +209,37 @@ impl Index {
         entry.problem.clone()
     }
 
+    /// Notes what has to be built again because of an object.
+    fn changed(&mut self, key: &ObjectKey, before: &Trace) {
+        let after = self.entries.get(key).map(Entry::trace).unwrap_or_default();
+        let namespaces = &mut self.dirty.namespaces;
+        match key.kind {
+            Kind::Pod => {
+                namespaces.insert(key.namespace.clone());
+                namespaces.extend(self.claims.change(key, before.pod.as_ref(), after.pod.as_ref()));
+            }
+            Kind::Service | Kind::EndpointSlice | Kind::NetworkPolicy => {
+                namespaces.insert(key.namespace.clone());
+            }
+            // Rules alone change nothing of the Pods that the policy selects.
+            Kind::AuthorizationPolicy if before.selection != after.selection => {
+                namespaces.insert(key.namespace.clone());
+            }
+            Kind::Namespace => drop(namespaces.insert(key.name.clone())),
+            Kind::Node => {
+                // Nodes are of no namespace.
+                if before.host != after.host {
+                    namespaces.insert(String::new());
+                }
+                if before.zone.as_deref().unwrap_or("") != after.zone.as_deref().unwrap_or("") {
+                    self.dirty.zones.insert(key.name.clone());
+                }
+            }
+            _ => {}
+        }
+        self.dirty.objects.insert(key.clone());
+    }
+
     fn check(&self, key: &ObjectKey, object: Object) -> Result<Good, ObjectError> {
         let wrong = |problem: FieldError| ObjectError {
             kind: key.kind.as_str(),
@@ -199,11 +262,12 @@ impl Index {
                 Good::Namespace(mode, fail)
             }
             Object::Node(o) => {
+                let labels = o.metadata.labels.clone().unwrap_or_default();
+                let zone = labels.get("topology.kubernetes.io/zone").map_or("", String::as_str).into();
+                let host = pods::node(&self.trust_domain, &key.name, &zone, &o);
                 let spec = o.spec.unwrap_or_default();
                 let texts = spec.pod_cidrs.unwrap_or_else(|| spec.pod_cidr.into_iter().collect());
-                let labels = o.metadata.labels.unwrap_or_default();
-                let zone = labels.get("topology.kubernetes.io/zone").map_or("", String::as_str).into();
-                Good::Node { ranges: ranges("spec.podCIDRs", &texts)?, zone }
+                Good::Node { ranges: ranges("spec.podCIDRs", &texts)?, zone, host: Arc::new(host) }
             }
             Object::ServiceCidr(o) => {
                 Good::Ranges(ranges("spec.cidrs", &o.spec.and_then(|s| s.cidrs).unwrap_or_default())?)
@@ -242,109 +306,37 @@ impl Index {
         })
     }
 
-    /// Everything that follows from the objects as they are now.
-    pub fn build(&mut self) -> Output {
-        let mut output = Output { reports: self.reports(), nodes: self.nodes(), ..Output::default() };
-        let mut pods = pods::collect(self, &mut output.reports);
-        let lookup = lookup::Lookup::new(&pods);
-        let mut services = services::collect(self, &pods, &lookup);
-        let routes = routes::collect(self, &mut services, &mut output.reports);
-        let selected = policies::attach(self, &pods, &lookup, &services, &mut output.reports);
-        drop(lookup);
-        for (pod, policies) in pods.iter_mut().zip(selected) {
-            pod.policies = policies;
-        }
-        subjects::number(&mut pods, self);
-        self.built = pods::finish(pods, &self.built);
-        let workloads = self.built.iter().map(|(_, workload)| Resource::Workload(Arc::clone(workload)));
-        let config = Resource::Config(Arc::new(self.config()));
-        let all = std::iter::once(config)
-            .chain(workloads)
-            .chain(services.into_values().map(|s| Resource::Service(Arc::new(s.service))))
-            .chain(routes.into_iter().map(|r| Resource::Route(Arc::new(r))))
-            .chain(self.good().filter_map(|(_, good)| match good {
-                Good::Policy(policy, _) => Some(Resource::Policy(Arc::clone(policy))),
-                _ => None,
-            }));
-        output.resources = all.map(|r| (r.key(), r)).collect();
-        output
+    /// The objects of one kind.
+    fn of(&self, kind: Kind) -> impl Iterator<Item = (&ObjectKey, &Entry)> {
+        let first = ObjectKey { kind, namespace: String::new(), name: String::new() };
+        self.entries.range(first..).take_while(move |(key, _)| key.kind == kind)
     }
 
-    fn good(&self) -> impl Iterator<Item = (&ObjectKey, &Good)> {
-        self.entries.iter().filter_map(|(key, entry)| Some((key, entry.good.as_ref()?)))
-    }
-
-    fn reports(&self) -> BTreeMap<ObjectKey, Report> {
-        (self.entries.iter())
-            .map(|(key, entry)| {
-                let accepted = match (&entry.problem, &entry.good) {
-                    (None, Some(Good::Mesh(_, set))) => Finding::ok("Accepted", mesh::message(set)),
-                    (None, _) => Finding::ok("Accepted", ""),
-                    (Some(problem), Some(_)) => {
-                        Finding::bad("Invalid", format!("{problem} (the last good form goes on)"))
-                    }
-                    (Some(problem), None) if key.kind == Kind::AuthorizationPolicy => Finding::bad(
-                        "Invalid",
-                        format!("{problem} ({})", policies::guard_message(key, entry)),
-                    ),
-                    (Some(problem), None) => Finding::bad("Invalid", problem.as_str()),
-                };
-                let programmable = match key.kind {
-                    Kind::AuthorizationPolicy | Kind::HttpRoute | Kind::MeshConfig => {
-                        Some(match (&entry.problem, &entry.good) {
-                            (None, _) => Ok(()),
-                            (Some(_), Some(_)) => Err(Finding::bad(
-                                "Invalid",
-                                "this form is not accepted; the last good one is enforced",
-                            )),
-                            (Some(_), None) if key.kind == Kind::AuthorizationPolicy => {
-                                Err(Finding::bad("Invalid", policies::guard_message(key, entry)))
-                            }
-                            (Some(_), None) => {
-                                Err(Finding::bad("Invalid", "not accepted, so nothing is enforced"))
-                            }
-                        })
-                    }
-                    Kind::TrafficPolicy => Some(Err(Finding::bad("NotSupportedYet", traffic::NOT_SUPPORTED))),
-                    _ => None,
-                };
-                let (origin, generation) = (Arc::clone(&entry.origin), entry.generation);
-                (
-                    key.clone(),
-                    Report {
-                        origin,
-                        generation,
-                        accepted,
-                        resolved: None,
-                        programmable,
-                        parents: BTreeMap::new(),
-                    },
-                )
-            })
-            .collect()
+    /// Their checked forms.
+    fn good(&self, kind: Kind) -> impl Iterator<Item = (&ObjectKey, &Good)> {
+        self.of(kind).filter_map(|(key, entry)| Some((key, entry.good.as_ref()?)))
     }
 
     fn nodes(&self) -> BTreeSet<String> {
-        self.good().filter(|(_, g)| matches!(g, Good::Node { .. })).map(|(key, _)| key.name.clone()).collect()
+        self.good(Kind::Node).map(|(key, _)| key.name.clone()).collect()
     }
 
     fn config(&self) -> config::MeshConfig {
-        let mut config = (self.good())
+        let mut config = (self.good(Kind::MeshConfig))
             .find_map(|(_, good)| match good {
                 Good::Mesh(config, _) => Some(config.clone()),
                 _ => None,
             })
             .unwrap_or_else(|| mesh_config::defaults(self.trust_domain.clone()));
-        let ranges: BTreeSet<Cidr> = (self.good())
+        let ranges: BTreeSet<Cidr> = (self.good(Kind::Node).chain(self.good(Kind::ServiceCidr)))
             .flat_map(|(_, good)| match good {
                 Good::Node { ranges, .. } | Good::Ranges(ranges) => ranges.clone(),
                 _ => Vec::new(),
             })
             .collect();
         config.ranges = ranges.into_iter().collect();
-        config.namespaces = (self.entries.keys())
-            .filter(|key| key.kind == Kind::Namespace)
-            .map(|key| {
+        config.namespaces = (self.of(Kind::Namespace))
+            .map(|(key, _)| {
                 let (mode, fail_mode) = self.namespace(&key.name);
                 (Arc::from(key.name.as_str()), config::NamespaceMode { mode, fail_mode })
             })
@@ -361,6 +353,25 @@ impl Index {
             Some(_) => (Mode::Strict, FailMode::Closed),
             None => (Mode::Disabled, FailMode::Closed),
         }
+    }
+}
+
+impl Entry {
+    fn trace(&self) -> Trace {
+        let mut trace = Trace::default();
+        match &self.good {
+            Some(Good::Pod(facts)) => trace.pod = Some(pods::Facts::clone(facts)),
+            Some(Good::Node { zone, host, .. }) => {
+                (trace.zone, trace.host) = (Some(Arc::clone(zone)), Some(Arc::clone(host)));
+            }
+            Some(Good::Policy(policy, targets)) => {
+                let called = subjects::called_ports(policy).map(str::to_owned);
+                trace.selection = Some((Some(targets.clone()), called.collect()));
+            }
+            None => trace.selection = Some((self.guarded.clone(), Vec::new())),
+            _ => {}
+        }
+        trace
     }
 }
 
@@ -381,6 +392,8 @@ fn address(text: &str) -> Option<IpAddr> {
     text.parse::<IpAddr>().ok().map(|a| a.to_canonical())
 }
 
+#[cfg(test)]
+mod equal;
 #[cfg(test)]
 mod scale;
 #[cfg(test)]

@@ -5,6 +5,7 @@ use kube::{Client, Config};
 
 pub mod acks;
 pub mod bundle;
+pub mod ca;
 mod events;
 pub mod lease;
 pub mod review;

@@ -1,10 +1,21 @@
 //! What the operator counts.
 
+use std::sync::Arc;
+
 use prometheus_client::{
-    encoding::EncodeLabelSet,
-    metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
+    collector::Collector,
+    encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric},
+    metrics::{
+        MetricType,
+        counter::Counter,
+        family::Family,
+        gauge::{ConstGauge, Gauge},
+        histogram::Histogram,
+    },
     registry::{Registry, Unit},
 };
+
+use crate::distribution::Distribution;
 
 /// A refusal's reason; a fixed set.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -43,6 +54,8 @@ pub struct Metrics {
     pub objects: Family<ObjectLabels, Gauge>,
     /// Places of the source that name no object.
     pub unreadable: Gauge,
+    /// From a change being noticed to its version being published.
+    pub published: Histogram,
     /// From a change being noticed to one node's ack.
     pub enforced: Histogram,
 }
@@ -61,6 +74,7 @@ impl Metrics {
             sequence: Gauge::default(),
             objects: Family::default(),
             unreadable: Gauge::default(),
+            published: Histogram::new(buckets),
             enforced: Histogram::new(buckets),
         };
         let m = metrics.clone();
@@ -75,11 +89,37 @@ impl Metrics {
         r.register("objects", "Objects of the source, by kind and whether they are accepted", m.objects);
         r.register("unreadable_files", "Places of the source whose text names no object", m.unreadable);
         r.register_with_unit(
+            "apply_to_published",
+            "Time from noticing a change to sending it; what grows here waits in the operator",
+            Unit::Seconds,
+            m.published,
+        );
+        r.register_with_unit(
             "apply_to_enforced",
             "Time from noticing a change to a node's ack that it enforces it",
             Unit::Seconds,
             m.enforced,
         );
         metrics
+    }
+}
+
+/// How many connected agents do not have the newest version yet; counted when somebody asks.
+#[derive(Debug)]
+pub(crate) struct Behind(pub(crate) Arc<Distribution>);
+
+impl Collector for Behind {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let newest = self.0.current().map_or(0, |c| c.version.sequence);
+        let states = self.0.nodes.states();
+        let behind = states.values().filter(|s| s.streams > 0 && s.acked.map_or(0, |a| a.sequence) < newest);
+        let gauge = ConstGauge::new(i64::try_from(behind.count()).unwrap_or(i64::MAX));
+        let help = "Connected agents that do not enforce the newest version yet";
+        gauge.encode(encoder.encode_descriptor(
+            "weft_operator_agents_behind",
+            help,
+            None,
+            MetricType::Gauge,
+        )?)
     }
 }

@@ -14,9 +14,10 @@ use std::{
 
 use parking_lot::Mutex;
 use tokio::sync::{Notify, mpsc, watch};
-use tonic::Status;
+use tonic::{Code, Status};
 use weft_proto::weft_relay::{
-    Answer, Cancel, Credit, Flows, NodeStatus, Question, answer::Answer as Body, question::Question as Asked,
+    Answer, Cancel, Credit, End, Flows, NodeStatus, Probe, ProbeResult, Question, answer::Answer as Body,
+    question::Question as Asked,
 };
 
 pub mod agents;
@@ -159,9 +160,8 @@ impl Agent {
 
     /// Hands an answer to who asked.
     fn answered(&self, answer: Answer) -> Result<(), Status> {
-        let Some(body) = answer.answer else {
-            return Err(Status::invalid_argument("an answer is empty"));
-        };
+        // An agent of a later version says something that this one does not know.
+        let Some(body) = answer.answer else { return Ok(()) };
         let mut open = self.open.lock();
         // A question that was cancelled in the meantime is not there any more.
         let Some(sender) = open.get(&answer.id) else { return Ok(()) };
@@ -213,5 +213,16 @@ async fn status_of(agent: &Arc<Agent>) -> Result<NodeStatus, String> {
         Some(Body::End(end)) => Err(end.message),
         Some(_) => Err("it answers something else".into()),
         None => Err("it went away".into()),
+    }
+}
+
+/// Has an agent make a probe.
+async fn probe_by(agent: &Arc<Agent>, probe: Probe) -> Result<ProbeResult, Status> {
+    let mut ask = agent.ask(Asked::Probe(probe)).map_err(|e| Status::resource_exhausted(e.to_string()))?;
+    match ask.next().await {
+        Some(Body::Probe(result)) => Ok(result),
+        Some(Body::End(End { code, message })) => Err(Status::new(Code::from(code), message)),
+        Some(_) => Err(Status::internal("its agent answers something else")),
+        None => Err(Status::unavailable("its agent went away; try again")),
     }
 }

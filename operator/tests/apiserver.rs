@@ -1,6 +1,8 @@
 //! The operator's Kubernetes side against a real API server (etcd and kube-apiserver).
 #![expect(clippy::unwrap_used, reason = "tests")]
 
+#[path = "apiserver/ca.rs"]
+mod ca;
 #[path = "apiserver/crds.rs"]
 mod crds;
 #[path = "apiserver/objects.rs"]

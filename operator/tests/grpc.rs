@@ -168,7 +168,7 @@ async fn an_agent_follows_resumes_and_starts_over() {
     f.write("policy.yaml", &policy(80));
     let second = agent.next().await;
     assert!(!second.full);
-    assert!(agent.state.workloads().all(|w| w.policies.len() == 1));
+    assert!(agent.state.workloads().all(|w| w.is_node() || w.policies.len() == 1));
     assert_eq!(second.version.sequence, first.version.sequence + 1);
     drop(agent);
 
@@ -208,13 +208,37 @@ async fn only_a_nodes_own_pods_are_signed_for() {
     let refused = issuer.sign(&other, key.request(&other).unwrap()).await.unwrap_err();
     assert!(matches!(&refused, IssueError::Denied(why) if why.contains("node rule")), "{refused}");
 
+    // The node's own identity: to its agent, and to no other's.
+    let itself = SpiffeId::node(&domain, "node-a");
+    let signed = issuer.sign(&itself, key.request(&itself).unwrap()).await.unwrap();
+    assert_eq!(weft_identity::peer_identity(&signed.chain).unwrap(), itself);
+    let neighbour = SpiffeId::node(&domain, "node-b");
+    let refused = issuer.sign(&neighbour, key.request(&neighbour).unwrap()).await.unwrap_err();
+    assert!(matches!(&refused, IssueError::Denied(why) if why.contains("node \"node-b\"")), "{refused}");
+
     let forged = f.state.path().join("forged");
     durable::replace(&forged, b"eyJ.eyJ.sig", 0o600).unwrap();
     let status = f.subscribe(&forged, Version::default()).await.err().unwrap();
     assert_eq!(status.code(), Code::Unauthenticated);
     let metrics = metrics(f.operator.admin).await;
-    assert!(metrics.contains("weft_operator_svids_refused_total{reason=\"node_rule\"} 1"), "{metrics}");
+    assert!(metrics.contains("weft_operator_svids_refused_total{reason=\"node_rule\"} 2"), "{metrics}");
     assert!(metrics.contains("weft_operator_unauthenticated_calls_total{reason=\"invalid\"} 1"), "{metrics}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_is_signed_where_spire_is_the_issuer() {
+    let mesh = "{apiVersion: weft.mesh/v1alpha1, kind: MeshConfig, metadata: {name: default},
+        spec: {issuer: {type: Spire, spire: {socketPath: /run/spire/admin.sock}}}}";
+    let f = start(&[("base.yaml", &base()), ("mesh.yaml", mesh)]).await;
+    let issuer = client::OperatorIssuer::new(f.channel(), client::TokenFile::new(f.token("node-a")));
+    let domain = TrustDomain::new("cluster.local").unwrap();
+    let key = SvidKey::generate().unwrap();
+    for id in [SpiffeId::service_account(&domain, "shop", "client"), SpiffeId::node(&domain, "node-a")] {
+        let refused = issuer.sign(&id, key.request(&id).unwrap()).await.unwrap_err().to_string();
+        assert!(refused.contains("the SPIRE agent at /run/spire/admin.sock does"), "{refused}");
+    }
+    let metrics = metrics(f.operator.admin).await;
+    assert!(metrics.contains("weft_operator_svids_refused_total{reason=\"issuer\"} 2"), "{metrics}");
 }
 
 async fn metrics(address: std::net::SocketAddr) -> String {
@@ -383,7 +407,7 @@ async fn a_root_is_replaced_without_a_refused_handshake() {
     distribution.publish(index.build().resources, Instant::now());
     let (old, new) =
         (EmbeddedCa::generate(domain.clone()).unwrap(), EmbeddedCa::generate(domain.clone()).unwrap());
-    let authority = Authority::new(old, Duration::ZERO).unwrap();
+    let authority = Authority::new(old, Duration::ZERO);
     let service = IdentityService {
         distribution,
         callers: Arc::new(Tokens::open_or_create(state.path()).unwrap()),
@@ -406,7 +430,7 @@ async fn a_root_is_replaced_without_a_refused_handshake() {
     handshakes(&first, &other).await;
 
     // Trusted on both nodes, it signs nothing yet.
-    authority.offer(new, SystemTime::now()).unwrap();
+    authority.offer(new, SystemTime::now());
     let (second, other) = (a.roots(&client, 2).await, b.roots(&web, 2).await);
     assert_eq!((second.serial(), second.not_after()), (first.serial(), first.not_after()));
     // Nodes do not learn it in the same moment.
@@ -414,7 +438,7 @@ async fn a_root_is_replaced_without_a_refused_handshake() {
     handshakes(&second, &other).await;
 
     // It signs: what comes now is good on both sides of the change.
-    assert!(authority.tick(SystemTime::now()).unwrap());
+    assert!(authority.tick(SystemTime::now()));
     a.manager.want([].into());
     a.manager.want([client.clone()].into());
     let third = a.roots(&client, 2).await;
@@ -422,7 +446,7 @@ async fn a_root_is_replaced_without_a_refused_handshake() {
     handshakes(&third, &other).await;
 
     // The old one goes: what it signed is replaced at once, without waiting for its renewal.
-    authority.tick(SystemTime::now() + 2 * MAX_SVID_LIFETIME).unwrap();
+    authority.tick(SystemTime::now() + 2 * MAX_SVID_LIFETIME);
     let (fourth, last) = (a.roots(&client, 1).await, b.roots(&web, 1).await);
     assert_eq!(fourth.serial(), third.serial());
     assert_ne!(last.serial(), other.serial());

@@ -4,7 +4,7 @@ use std::{io, sync::Arc, time::Duration};
 
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::Semaphore,
+    sync::{OwnedSemaphorePermit, Semaphore},
 };
 use weft_runtime::{Backoff, DrainHold};
 
@@ -128,27 +128,49 @@ fn queued(listener: TcpListener) -> io::Result<impl Iterator<Item = TcpStream>> 
 }
 
 fn start(shared: &Arc<Shared>, pod: &Arc<Pod>, room: &Arc<Semaphore>, socket: TcpStream, kind: Kind) {
+    if !matches!(kind, Kind::Outbound) {
+        pod.net.accepted(&socket);
+    }
     let Ok(permit) = room.clone().try_acquire_owned() else {
         shared.metrics.limited.inc();
         Socket::new(socket).cut().set(true);
         return;
     };
     let hold = shared.drain.hold();
-    let (pod, shared_) = (pod.clone(), shared.clone());
-    shared.tasks.spawn("connection", async move {
-        let (closing, shared) = (pod.clone(), shared_);
-        let serve = async {
-            match kind {
-                Kind::Outbound => outbound::serve(shared, pod, socket).await,
-                Kind::Inbound => inbound::plain::serve(shared, pod, socket).await,
-                Kind::Tunnel => inbound::tunnel::serve(shared, pod, socket).await,
-            }
-        };
-        tokio::select! {
-            biased;
-            () = serve => {}
-            () = closing.closed() => {}
+    let Some(worker) = shared.workers.next() else {
+        shared.tasks.spawn("connection", serve(shared.clone(), pod.clone(), socket, kind, (permit, hold)));
+        return;
+    };
+    // A socket belongs to the runtime that polls it.
+    let Ok(socket) = socket.into_std() else { return };
+    let (shared_, pod) = (shared.clone(), pod.clone());
+    shared.tasks.spawn_on(worker, "connection", async move {
+        match TcpStream::from_std(socket) {
+            Ok(socket) => serve(shared_, pod, socket, kind, (permit, hold)).await,
+            Err(error) => tracing::warn!(pod = %pod.uid, %error, "a connection could not be taken over"),
         }
-        drop((permit, hold));
     });
+}
+
+/// Serves one connection until it ends or its Pod is closed.
+async fn serve(
+    shared: Arc<Shared>,
+    pod: Arc<Pod>,
+    socket: TcpStream,
+    kind: Kind,
+    _room: (OwnedSemaphorePermit, DrainHold),
+) {
+    let closing = pod.clone();
+    let serve = async {
+        match kind {
+            Kind::Outbound => outbound::serve(shared, pod, socket).await,
+            Kind::Inbound => inbound::plain::serve(shared, pod, socket).await,
+            Kind::Tunnel => inbound::tunnel::serve(shared, pod, socket).await,
+        }
+    };
+    tokio::select! {
+        biased;
+        () = serve => {}
+        () = closing.closed() => {}
+    }
 }

@@ -1,6 +1,7 @@
 //! Copying between two byte streams, both ways, with half-close.
 
 use std::{
+    cell::RefCell,
     io,
     pin::Pin,
     sync::atomic::{AtomicU64, Ordering},
@@ -11,12 +12,15 @@ use std::{
 use prometheus_client::metrics::counter::Counter;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-/// Buffer of a direction at first; most connections carry little.
-const FIRST_BUFFER: usize = 8 * 1024;
-/// Buffer of a direction that keeps filling it.
-const FULL_BUFFER: usize = 64 * 1024;
+/// What is read at a time. One buffer serves all connections of a thread: what was read is written at once, and only
+/// what the writer does not take is kept, so that a connection at rest holds no memory.
+const BUFFER: usize = 64 * 1024;
 /// Reads of one direction before the task yields to others.
 const BURST: usize = 16;
+
+thread_local! {
+    static SCRATCH: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
 
 /// Counts the bytes of one connection, here and in the metrics.
 #[derive(Debug, Default)]
@@ -136,9 +140,9 @@ impl Side {
 
 #[derive(Default)]
 struct Direction {
-    buffer: Vec<u8>,
+    /// Read, and not taken by the writer.
+    rest: Vec<u8>,
     start: usize,
-    end: usize,
     read_done: bool,
     dirty: bool,
     done: bool,
@@ -156,51 +160,73 @@ impl Direction {
             return Poll::Ready(Ok(()));
         }
         for _ in 0..BURST {
-            if self.start == self.end && !self.read_done {
-                match self.fill(cx, reader) {
-                    Poll::Ready(result) => result.map_err(Side::Reader)?,
-                    Poll::Pending => {
-                        if self.dirty {
-                            ready!(Pin::new(&mut *writer).poll_flush(cx)).map_err(Side::Writer)?;
-                            self.dirty = false;
-                        }
-                        return Poll::Pending;
-                    }
-                }
-            }
-            while self.start < self.end {
-                let n = ready!(Pin::new(&mut *writer).poll_write(cx, &self.buffer[self.start..self.end]))
-                    .map_err(Side::Writer)?;
-                if n == 0 {
-                    return Poll::Ready(Err(Side::Writer(io::ErrorKind::WriteZero.into())));
-                }
-                self.start += n;
+            while self.start < self.rest.len() {
+                self.start += ready!(write(cx, writer, &self.rest[self.start..], &count))?;
                 self.dirty = true;
-                count(n as u64);
+            }
+            if self.start > 0 {
+                (self.rest, self.start) = (Vec::new(), 0);
             }
             if self.read_done {
                 ready!(Pin::new(&mut *writer).poll_shutdown(cx)).map_err(Side::Writer)?;
                 self.done = true;
-                self.buffer = Vec::new();
                 return Poll::Ready(Ok(()));
+            }
+            match SCRATCH.with_borrow_mut(|scratch| self.pass(cx, reader, writer, &count, scratch)) {
+                Poll::Ready(result) => result?,
+                Poll::Pending => {
+                    if self.dirty {
+                        ready!(Pin::new(&mut *writer).poll_flush(cx)).map_err(Side::Writer)?;
+                        self.dirty = false;
+                    }
+                    return Poll::Pending;
+                }
             }
         }
         cx.waker().wake_by_ref();
         Poll::Pending
     }
 
-    fn fill<R: AsyncRead + Unpin>(&mut self, cx: &mut Context<'_>, reader: &mut R) -> Poll<io::Result<()>> {
-        if self.buffer.is_empty() {
-            self.buffer.resize(FIRST_BUFFER, 0);
-        } else if self.end == self.buffer.len() && self.buffer.len() < FULL_BUFFER {
-            self.buffer.resize(FULL_BUFFER, 0);
+    /// Reads once and writes what came, as far as the writer takes it.
+    fn pass<R: AsyncRead + Unpin, W: AsyncWrite + Unpin>(
+        &mut self,
+        cx: &mut Context<'_>,
+        reader: &mut R,
+        writer: &mut W,
+        count: &impl Fn(u64),
+        scratch: &mut Vec<u8>,
+    ) -> Poll<Result<(), Side>> {
+        scratch.resize(BUFFER, 0);
+        let mut buf = ReadBuf::new(scratch);
+        ready!(Pin::new(reader).poll_read(cx, &mut buf)).map_err(Side::Reader)?;
+        let mut data = buf.filled();
+        self.read_done = data.is_empty();
+        while !data.is_empty() {
+            match write(cx, writer, data, count) {
+                Poll::Ready(written) => {
+                    data = &data[written?..];
+                    self.dirty = true;
+                }
+                Poll::Pending => {
+                    self.rest = data.to_vec();
+                    break;
+                }
+            }
         }
-        let mut buf = ReadBuf::new(&mut self.buffer);
-        ready!(Pin::new(reader).poll_read(cx, &mut buf))?;
-        let n = buf.filled().len();
-        self.start = 0;
-        self.end = n;
-        self.read_done = n == 0;
         Poll::Ready(Ok(()))
     }
+}
+
+fn write<W: AsyncWrite + Unpin>(
+    cx: &mut Context<'_>,
+    writer: &mut W,
+    data: &[u8],
+    count: &impl Fn(u64),
+) -> Poll<Result<usize, Side>> {
+    let written = ready!(Pin::new(writer).poll_write(cx, data)).map_err(Side::Writer)?;
+    if written == 0 {
+        return Poll::Ready(Err(Side::Writer(io::ErrorKind::WriteZero.into())));
+    }
+    count(written as u64);
+    Poll::Ready(Ok(written))
 }

@@ -1,7 +1,7 @@
 //! Connections that the applications of a Pod open: what was dialled, where it goes, and on the way.
 
 use std::{
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::Arc,
 };
 
@@ -55,8 +55,13 @@ pub async fn serve(shared: Arc<Shared>, pod: Arc<Pod>, accepted: TcpStream) {
         tracing::warn!(pod = %pod.uid, "a connection was refused: nobody described its Pod");
         return;
     };
-    let outbound =
-        Outbound { client: client_address(&source, original.address, peer), shared, pod, source, original };
+    let outbound = Outbound {
+        client: client_address(pod.net.addresses(), &source, original.address, peer),
+        shared,
+        pod,
+        source,
+        original,
+    };
     outbound.run(app).await;
 }
 
@@ -69,10 +74,21 @@ fn reset(accepted: TcpStream) -> Socket {
 
 /// The Pod's address, of the family that was dialled, with the application's port: the socket itself shows a
 /// loopback address, as it was steered there.
-fn client_address(source: &Workload, dialled: SocketAddr, peer: SocketAddr) -> SocketAddr {
+fn client_address(
+    network: &[IpAddr],
+    source: &Workload,
+    dialled: SocketAddr,
+    peer: SocketAddr,
+) -> SocketAddr {
     let v4 = dialled.ip().to_canonical().is_ipv4();
-    let own = source.addresses.iter().map(IpAddr::to_canonical).find(|a| a.is_ipv4() == v4);
-    SocketAddr::new(own.unwrap_or_else(|| peer.ip().to_canonical()), peer.port())
+    let own = network.iter().chain(&source.addresses).chain(&source.host_addresses).map(IpAddr::to_canonical);
+    // Applications trust loopback: an address that is not known must not look like it.
+    let nobody = || match peer.ip().to_canonical() {
+        ip if !ip.is_loopback() => ip,
+        IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+        IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    SocketAddr::new(own.into_iter().find(|a| a.is_ipv4() == v4).unwrap_or_else(nobody), peer.port())
 }
 
 /// One connection of an application.

@@ -1,6 +1,10 @@
 //! What the proxy needs from the machine, behind traits: the agent implements them over BPF and namespaces.
 
-use std::{fmt, io, net::SocketAddr, sync::Arc};
+use std::{
+    fmt, io,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
 
 use tokio::net::{TcpSocket, TcpStream};
 use weft_core::{SubjectId, WorkloadUid};
@@ -50,6 +54,16 @@ pub trait PodNet: Send + Sync + fmt::Debug + 'static {
     /// # Errors
     /// When the kernel refuses the lookup.
     fn original_dst(&self, accepted: &TcpStream) -> io::Result<Option<OriginalDst>>;
+
+    /// The Pod's addresses as its network has them: the API server learns of them late. Empty where only the API server
+    /// knows.
+    fn addresses(&self) -> &[IpAddr] {
+        &[]
+    }
+
+    /// Marks a socket that was accepted from outside the Pod as the proxy's own: what ends connections beside the
+    /// proxy spares it. One that is not marked can be cut when the Pod's mode is tightened, nothing else.
+    fn accepted(&self, _accepted: &TcpStream) {}
 }
 
 /// Listening sockets that live in the Pod's namespace, one per family each.

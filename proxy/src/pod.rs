@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use tokio::sync::{Semaphore, watch};
 use weft_core::WorkloadUid;
-use weft_identity::CredentialReader;
+use weft_runtime::Workers;
 
-use crate::{ProxyConfig, balance::Balancer, metrics::Metrics, platform::PodNet, tunnel::client::Pool};
+use crate::{ProxyConfig, balance::Balancer, platform::PodNet, tunnel::client::Pool};
 
 /// What the proxy keeps of an enrolled Pod.
 pub struct Pod {
@@ -14,8 +14,8 @@ pub struct Pod {
     pub uid: WorkloadUid,
     /// Its network namespace.
     pub net: Arc<dyn PodNet>,
-    /// Its tunnels to others.
-    pub pool: Pool,
+    /// Its tunnels to others, by worker.
+    pools: Vec<Pool>,
     /// What it has active at each endpoint.
     pub balancer: Balancer,
     /// Room for outbound connections.
@@ -30,19 +30,17 @@ pub struct Pod {
 }
 
 impl Pod {
-    /// A Pod whose listeners use `ports`.
+    /// A Pod whose listeners use `ports`; `pools` has one for each worker, and at least one.
     pub fn new(
         uid: WorkloadUid,
         net: Arc<dyn PodNet>,
         ports: Vec<u16>,
         config: &ProxyConfig,
-        metrics: &Metrics,
-        credentials: CredentialReader,
-        tasks: weft_runtime::Tasks,
+        pools: Vec<Pool>,
     ) -> Self {
         Self {
             uid,
-            pool: Pool::new(net.clone(), config.tunnel, tasks, credentials, metrics.tunnels.clone()),
+            pools,
             net,
             balancer: Balancer::default(),
             outbound: Arc::new(Semaphore::new(config.outbound_limit)),
@@ -51,6 +49,16 @@ impl Pod {
             ports,
             stage: watch::Sender::new(Stage::Serving),
         }
+    }
+
+    /// The tunnels of the worker that asks: a stream stays on the worker of its tunnel.
+    pub fn pool(&self) -> &Pool {
+        &self.pools[Workers::index() % self.pools.len()]
+    }
+
+    #[cfg(test)]
+    pub(crate) fn pools(&self) -> &[Pool] {
+        &self.pools
     }
 
     /// Stops everything that belongs to it.

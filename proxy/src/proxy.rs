@@ -7,11 +7,15 @@ use prometheus_client::registry::Registry;
 use tokio::sync::watch;
 use weft_core::{MeshState, SpiffeId, WorkloadUid, flow::FlowSink};
 use weft_identity::CredentialReader;
-use weft_runtime::{DrainWatcher, Tasks};
+use weft_runtime::{DrainWatcher, Tasks, Workers};
 
 use crate::{
-    ProxyConfig, accept, connections::Connections, metrics::Metrics, platform::PodHandle, pod::Pod,
-    tunnel::validity::Validities,
+    ProxyConfig, accept,
+    connections::Connections,
+    metrics::Metrics,
+    platform::PodHandle,
+    pod::Pod,
+    tunnel::{client::Pool, validity::Validities},
 };
 
 /// What all parts of the proxy share.
@@ -24,8 +28,10 @@ pub struct Shared {
     pub flows: Arc<dyn FlowSink>,
     /// What is counted.
     pub metrics: Metrics,
-    /// Where tasks run.
+    /// What runs.
     pub tasks: Tasks,
+    /// Where connections are served.
+    pub workers: Workers,
     /// Tells when to stop.
     pub drain: DrainWatcher,
     /// Live connections.
@@ -84,6 +90,7 @@ pub struct Proxy {
 
 impl Proxy {
     /// A proxy without Pods. It begins at once to watch `state` and `credentials`.
+    #[expect(clippy::too_many_arguments, reason = "each is a part of the process that only its app can make")]
     pub fn new(
         config: ProxyConfig,
         state: watch::Receiver<Arc<MeshState>>,
@@ -91,6 +98,7 @@ impl Proxy {
         flows: Arc<dyn FlowSink>,
         registry: &mut Registry,
         tasks: Tasks,
+        workers: Workers,
         drain: DrainWatcher,
     ) -> Self {
         let metrics = Metrics::new(registry, config.metric_pairs);
@@ -100,6 +108,7 @@ impl Proxy {
             flows,
             metrics: metrics.clone(),
             tasks,
+            workers,
             drain,
             connections: Connections::default(),
             proven: Validities::default(),
@@ -131,15 +140,13 @@ impl Proxy {
         let listeners = accept::Listeners::new(handle.listeners)?;
         let shared = &self.shared;
         let ports = listeners.ports();
-        let pod = Pod::new(
-            handle.uid.clone(),
-            handle.net,
-            ports,
-            &shared.config,
-            &shared.metrics,
-            shared.credentials.clone(),
-            shared.tasks.clone(),
-        );
+        let pool = || {
+            let (tasks, credentials) = (shared.tasks.clone(), shared.credentials.clone());
+            let open = shared.metrics.tunnels.clone();
+            Pool::new(handle.net.clone(), shared.config.tunnel, tasks, credentials, open)
+        };
+        let pools = std::iter::repeat_with(pool).take(shared.workers.count()).collect();
+        let pod = Pod::new(handle.uid.clone(), handle.net, ports, &shared.config, pools);
         let pod = Arc::new(pod);
         if let Some(earlier) = shared.pods.write().insert(handle.uid, pod.clone()) {
             earlier.stop_accepting();

@@ -10,3 +10,4 @@ mod refusal;
 mod support;
 mod truncation;
 mod v6;
+mod workers;

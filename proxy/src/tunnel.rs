@@ -13,6 +13,8 @@ use rustls_pki_types::CertificateDer;
 use weft_core::flow::Tls;
 use x509_parser::{certificate::X509Certificate, prelude::FromDer};
 
+use crate::hbone;
+
 pub mod client;
 pub mod headers;
 pub mod server;
@@ -22,17 +24,16 @@ pub mod validity;
 pub use headers::{ConnectRequest, SourceInfo};
 pub use stream::Stream;
 
-/// Flow-control window of one stream, in bytes: what a stalled reader can make the peer's proxy hold.
+/// First flow-control window of one stream, in bytes. It grows for a reader that keeps up; see [`hbone`].
 pub const STREAM_WINDOW: u32 = 256 * 1024;
 /// Streams of one connection; the next one goes to a further connection.
 pub const MAX_STREAMS: u32 = 100;
-/// Flow-control window of a connection. All stream windows fit into it, so however many streams stall, the others
-/// still find credit.
-const CONNECTION_WINDOW: u32 = STREAM_WINDOW * MAX_STREAMS;
 /// Largest frame payload. Larger frames cost fewer headers, but delay the frames of other streams.
-const MAX_FRAME: u32 = 64 * 1024;
-/// Largest decoded header list of a CONNECT (RFC 9113 section 6.5.2).
-const MAX_HEADERS: u32 = 16 * 1024;
+const MAX_FRAME: usize = 64 * 1024;
+
+/// What both ends grant.
+const SETTINGS: hbone::Settings =
+    hbone::Settings { window: STREAM_WINDOW, streams: MAX_STREAMS, frame: MAX_FRAME };
 
 /// Times of a tunnel.
 #[derive(Debug, Clone, Copy)]
@@ -120,18 +121,16 @@ fn negotiated(connection: &rustls::CommonState) -> Tls {
 }
 
 /// Pings the peer, from the start; tells of its first answer, and ends when it stopped to answer.
-async fn keep_alive(mut pings: Option<h2::PingPong>, times: Times, answered: impl FnOnce()) {
+async fn keep_alive(control: hbone::Control, times: Times, answered: impl FnOnce()) {
     let mut answered = Some(answered);
     loop {
-        if let Some(pings) = &mut pings {
-            match tokio::time::timeout(times.ping_timeout, pings.ping(h2::Ping::opaque())).await {
-                Ok(Ok(_)) => {
-                    if let Some(tell) = answered.take() {
-                        tell();
-                    }
+        match tokio::time::timeout(times.ping_timeout, control.ping()).await {
+            Ok(Ok(())) => {
+                if let Some(tell) = answered.take() {
+                    tell();
                 }
-                Ok(Err(_)) | Err(_) => return,
             }
+            Ok(Err(_)) | Err(_) => return,
         }
         tokio::time::sleep(times.ping_interval).await;
     }

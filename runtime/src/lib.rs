@@ -10,9 +10,11 @@ pub mod readiness;
 pub mod signal;
 pub mod tasks;
 pub mod telemetry;
+pub mod workers;
 
 pub use admin::Admin;
 pub use backoff::Backoff;
 pub use drain::{DrainHold, DrainTrigger, DrainWatcher};
 pub use readiness::{Readiness, ReadyGuard};
 pub use tasks::{Tasks, VitalEnd};
+pub use workers::Workers;

@@ -18,6 +18,7 @@ use prometheus_client::{
     registry::Registry,
 };
 use tokio::{
+    runtime::Handle,
     sync::{Notify, watch},
     task::AbortHandle,
     time::timeout,
@@ -94,8 +95,16 @@ impl Tasks {
     where
         F: Future<Output = ()> + Send + 'static,
     {
+        self.spawn_on(&Handle::current(), name, f)
+    }
+
+    /// As [`Tasks::spawn`], on that runtime.
+    pub fn spawn_on<F>(&self, runtime: &Handle, name: &'static str, f: F) -> AbortHandle
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
         let shared = Arc::clone(&self.shared);
-        self.start(name, async move {
+        self.start(runtime, name, async move {
             // The panic ends this task alone; whatever it shared is behind locks that do not poison.
             if let Err(panic) = AssertUnwindSafe(f).catch_unwind().await {
                 shared.panicked(name, &message(panic.as_ref()));
@@ -113,7 +122,7 @@ impl Tasks {
         F: Future<Output = Result<(), Box<dyn Error + Send + Sync>>> + Send + 'static,
     {
         let shared = Arc::clone(&self.shared);
-        self.start(name, async move {
+        self.start(&Handle::current(), name, async move {
             let outcome = match AssertUnwindSafe(f).catch_unwind().await {
                 Ok(Ok(())) => VitalOutcome::Completed,
                 Ok(Err(error)) => VitalOutcome::Failed(error),
@@ -180,18 +189,19 @@ impl Tasks {
         registry.register("weft_task_panics", "Tasks ended by a panic, by name", self.shared.panics.clone());
     }
 
-    fn start<F>(&self, name: &'static str, f: F) -> AbortHandle
+    fn start<F>(&self, runtime: &Handle, name: &'static str, f: F) -> AbortHandle
     where
         F: Future<Output = ()> + Send + 'static,
     {
         let live = Live::register(Arc::clone(&self.shared), name);
         let id = live.id;
         #[expect(clippy::disallowed_methods, reason = "the one place where tasks start")]
-        let handle = tokio::spawn(async move {
-            let _live = live;
-            f.await;
-        })
-        .abort_handle();
+        let handle = runtime
+            .spawn(async move {
+                let _live = live;
+                f.await;
+            })
+            .abort_handle();
         // The task may have ended already; then its entry is gone and must not come back.
         if let Some(entry) = self.shared.state.lock().live.get_mut(&id) {
             entry.handle = Some(handle.clone());

@@ -19,6 +19,8 @@ use serde_json::Value;
 
 pub mod attack;
 pub mod calls;
+pub mod grpc;
+pub mod serve;
 pub mod server;
 pub mod tunnel;
 pub mod udp;
@@ -68,6 +70,14 @@ pub enum App {
     Garbage(attack::Garbage),
     /// Opens a tunnel with a certificate of a foreign CA.
     Tunnel(tunnel::Tunnel),
+    /// Exchanges lines with a `banner` server while something fails, and tells how each exchange went.
+    Watch(crate::failure::watch::Watch),
+    /// Runs a program under a clock that is off.
+    Clock(crate::failure::clock::Clock),
+    /// Serves several ports until SIGTERM, as a Pod's server does.
+    Serve(serve::Serve),
+    /// Asks a gRPC server for its health.
+    Health(grpc::Health),
 }
 
 impl App {
@@ -93,6 +103,10 @@ impl App {
             Self::Forge(forge) => forge.run(),
             Self::Garbage(garbage) => garbage.run(),
             Self::Tunnel(tunnel) => tunnel.run(),
+            Self::Watch(watch) => watch.run(),
+            Self::Clock(clock) => clock.run(),
+            Self::Serve(serve) => serve.run(),
+            Self::Health(health) => health.run(),
         }
     }
 }

@@ -47,6 +47,12 @@ pub struct LabOptions {
     pub drain_seconds: u32,
     /// The log filter of agents and operator.
     pub filter: String,
+    /// The CA, key and certificate as PEM; the operator makes one where there is none.
+    pub ca: Option<String>,
+    /// Further arguments of agents.
+    pub agent_args: Vec<String>,
+    /// Whether agents run under a clock that [`Lab::set_clock`] moves.
+    pub clocks: bool,
 }
 
 impl Default for LabOptions {
@@ -56,6 +62,9 @@ impl Default for LabOptions {
             objects: vec![examples.join("mesh.yaml"), examples.join("shop.yaml")],
             drain_seconds: 5,
             filter: "info".into(),
+            ca: None,
+            agent_args: Vec::new(),
+            clocks: false,
         }
     }
 }
@@ -148,6 +157,7 @@ impl Lab {
             .into();
         // As on a real node, where /run is a tmpfs: keys are kept nowhere else.
         record.mounts.extend(nodes.iter().map(|node| node.run_dir.clone()));
+        record.mounts.push(dir.join("operator"));
         record.netns.extend(nodes.iter().map(|node| node.netns_name.clone()));
         record.save()?;
         let source = Directory::make(&dir.join("objects"))?;
@@ -167,6 +177,11 @@ impl Lab {
             keep: false,
         };
         machine::mount_at("bpf", &bpf)?;
+        // A file system of its own, which a test can fill.
+        machine::mount_at("tmpfs", &lab.state_dir())?;
+        if let Some(ca) = lab.options.ca.clone() {
+            lab.set_ca(&ca)?;
+        }
         for node in &lab.nodes {
             machine::mount_at("tmpfs", &node.run_dir)?;
         }
@@ -243,8 +258,32 @@ impl Lab {
         })
     }
 
-    fn state_dir(&self) -> PathBuf {
+    /// The operator's folder, on a tmpfs of its own.
+    pub fn state_dir(&self) -> PathBuf {
         self.dir.join("operator")
+    }
+
+    /// Puts a CA where the operator takes it from when it starts.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn set_ca(&self, pem: &str) -> Result<()> {
+        use std::os::unix::fs::PermissionsExt as _;
+        let path = self.state_dir().join("ca.pem");
+        fs::write(&path, "")?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600))?;
+        Ok(fs::write(&path, pem)?)
+    }
+
+    /// Moves the clock of a node's agent by seconds; see [`LabOptions::clocks`].
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn set_clock(&self, node: &str, seconds: i64) -> Result<()> {
+        let path = self.dir.join(format!("clock-{node}"));
+        let beside = path.with_extension("new");
+        fs::write(&beside, seconds.to_string())?;
+        Ok(fs::rename(&beside, &path)?)
     }
 
     fn token(&self, node: usize) -> Result<()> {
@@ -263,6 +302,8 @@ impl Lab {
             logs: self.dir.join("log"),
             drain_seconds: self.options.drain_seconds,
             filter: self.options.filter.clone(),
+            args: self.options.agent_args.clone(),
+            clocks: self.options.clocks.then(|| self.dir.clone()),
         }
     }
 

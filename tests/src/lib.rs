@@ -6,13 +6,17 @@
 pub mod app;
 pub mod capture;
 pub mod demo;
+pub mod failure;
 pub mod http;
 pub mod interrupt;
 pub mod lab;
+pub mod long;
 pub mod mesh;
 pub mod metrics;
 pub mod observe;
+pub mod shop;
 pub mod stats;
+pub mod steps;
 pub mod wait;
 
 pub use lab::{Lab, LabOptions};

@@ -16,9 +16,12 @@ use crate::{capture::Capture, wait};
 pub const PATIENCE: Duration = Duration::from_secs(240);
 /// The web server's image; see [`Mesh::up`].
 pub const NGINX: &str = "registry.test/nginx:1";
+/// The image of `weft-lab-app`, a server and client of many kinds; see [`crate::app`].
+pub const LAB: &str = "registry.test/lab:1";
 const SYSTEM: &str = "weft-system";
 
 /// A cluster with Weft installed.
+#[derive(Debug)]
 pub struct Mesh {
     /// The cluster.
     pub cluster: Cluster,
@@ -31,7 +34,7 @@ fn say(line: &str) {
 }
 
 impl Mesh {
-    /// Raises a cluster, gives its nodes the images of `WEFT_IMAGES` and nginx, installs Weft and waits until it serves.
+    /// Raises a cluster, gives its nodes the images of `WEFT_IMAGES`, nginx and [`LAB`], installs Weft and waits until it serves.
     ///
     /// # Errors
     /// When a part is missing or does not become ready; the message holds what the logs say.
@@ -52,7 +55,13 @@ impl Mesh {
         let folder = tempfile::tempdir()?;
         let nginx = folder.path().join("nginx.tar");
         write_nginx(&nginx)?;
-        let mut archives = vec![nginx];
+        let lab = folder.path().join("lab.tar");
+        Image::new(LAB)
+            .file(program("weft-lab-app")?, "/app", 0o755)
+            .entrypoint(&["/app"])
+            .user("65532:65532")
+            .write_archive(&lab)?;
+        let mut archives = vec![nginx, lab];
         archives.extend(["weft-agent.tar", "weft-operator.tar"].map(|name| images.join(name)));
         let cluster = Cluster::up(&Options { images: archives, ..options }, &say)?;
         Ok(Self { cluster, folder })
@@ -134,6 +143,43 @@ impl Mesh {
         self.cluster.kubectl(&all)
     }
 
+    /// Runs `weft-lab-app` in a Pod whose image is [`LAB`], and gives the object that it prints.
+    ///
+    /// # Errors
+    /// When it fails; the message holds what it said.
+    pub fn app(&self, namespace: &str, pod: &str, words: &[&str]) -> Result<serde_json::Value> {
+        let mut all = vec!["/app"];
+        all.extend(words);
+        answer(&self.exec(namespace, pod, &all)?)
+    }
+
+    /// Runs `weft-lab-app` on a machine that is beside the nodes and outside the cluster (it has the control plane's
+    /// address), and gives the object that it prints.
+    ///
+    /// # Errors
+    /// When it fails; the message holds what it said.
+    pub fn app_outside(&self, words: &[&str]) -> Result<serde_json::Value> {
+        let output = self.outside()?.args(words).output()?;
+        ensure!(output.status.success(), "{words:?}: {}", String::from_utf8_lossy(&output.stderr));
+        answer(&String::from_utf8_lossy(&output.stdout))
+    }
+
+    /// `weft-lab-app` on the machine of [`Self::app_outside`], to be started.
+    ///
+    /// # Errors
+    /// When it cannot be prepared.
+    pub fn outside(&self) -> Result<Command> {
+        self.cluster.command(&program("weft-lab-app")?.to_string_lossy())
+    }
+
+    /// A field of an object, by its JSONPath without braces, such as `.status.podIP`.
+    ///
+    /// # Errors
+    /// When there is no such object.
+    pub fn field(&self, namespace: &str, object: &str, path: &str) -> Result<String> {
+        self.cluster.kubectl(&["-n", namespace, "get", object, "-o", &format!("jsonpath={{{path}}}")])
+    }
+
     /// Fetches a page from inside a Pod, once.
     ///
     /// # Errors
@@ -181,6 +227,45 @@ impl Mesh {
         })
     }
 
+    /// Waits until an AuthorizationPolicy is enforced on every node.
+    ///
+    /// # Errors
+    /// With what its status says last.
+    pub fn programmed(&self, namespace: &str, policy: &str) -> Result<()> {
+        let nodes = self.cluster.options().nodes;
+        let condition = ".status.conditions[?(@.type==\"Programmed\")]";
+        let path = format!("{condition}.observedGeneration}} {{{condition}.status}} {{{condition}.message");
+        self.eventually("a policy on every node", || {
+            let wanted = self.field(namespace, &format!("wap/{policy}"), ".metadata.generation")?;
+            let said = self.field(namespace, &format!("wap/{policy}"), &path)?;
+            let done =
+                said.starts_with(&format!("{wanted} True ")) && said.contains(&format!("{nodes}/{nodes}"));
+            ensure!(done, "generation {wanted}: {said}");
+            Ok(())
+        })
+    }
+
+    /// That nothing of Weft ended by itself: a container that did is started again after a pause that doubles, which
+    /// makes everything slow and little fail.
+    ///
+    /// # Errors
+    /// Names each that did, with the end of what it logged.
+    pub fn never_crashed(&self) -> Result<()> {
+        let path =
+            "jsonpath={range .items[*]}{.metadata.name}={.status.containerStatuses[*].restartCount} {end}";
+        let counts = self.cluster.kubectl(&["-n", SYSTEM, "get", "pods", "-o", path])?;
+        let broken =
+            counts.split_whitespace().filter_map(|pod| pod.split_once('=')).filter(|(_, n)| *n != "0");
+        let logs = |pod: &str| {
+            let words = ["-n", SYSTEM, "logs", "--previous", "--tail=25", pod];
+            let said = self.cluster.kubectl(&words).unwrap_or_else(|error| format!("{error:#}"));
+            format!("{pod} ended by itself:\n{said}")
+        };
+        let told: Vec<String> = broken.map(|(pod, _)| logs(pod)).collect();
+        ensure!(told.is_empty(), "{}", told.join("\n"));
+        Ok(())
+    }
+
     /// The names of the agents' Pods.
     ///
     /// # Errors
@@ -208,6 +293,20 @@ impl Mesh {
             String::from_utf8_lossy(&output.stderr)
         );
         Ok(text)
+    }
+
+    /// Attaches somebody else's programs to the root cgroup of a node, which turn addresses that Pods dial into
+    /// others; `pairs` have the form `10.96.0.9:80=10.244.1.2:80`. They stay as long as the node is on.
+    ///
+    /// # Errors
+    /// When the kernel refuses them.
+    pub fn foreign_load_balancer(&self, node: u8, pairs: &[String]) -> Result<()> {
+        let output = Command::new(program("weft-foreign-lb")?)
+            .arg(self.cluster.node(node).cgroup2()?)
+            .args(pairs)
+            .output()?;
+        ensure!(output.status.success(), "weft-foreign-lb: {}", String::from_utf8_lossy(&output.stderr));
+        Ok(())
     }
 
     /// Records what passes between the nodes, at `node`.
@@ -245,7 +344,17 @@ impl Mesh {
     }
 }
 
-fn program(name: &str) -> Result<PathBuf> {
+/// The last line, which is the answer.
+fn answer(printed: &str) -> Result<serde_json::Value> {
+    let line = printed.lines().last().context("it printed nothing")?;
+    serde_json::from_str(line).with_context(|| printed.to_owned())
+}
+
+/// A program that was built for the tests.
+///
+/// # Errors
+/// When `WEFT_BIN_DIR` does not say where.
+pub(crate) fn program(name: &str) -> Result<PathBuf> {
     Ok(env::var_os("WEFT_BIN_DIR").map(PathBuf::from).context("WEFT_BIN_DIR is not set")?.join(name))
 }
 

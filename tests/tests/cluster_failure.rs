@@ -6,7 +6,10 @@
 
 use anyhow::{Context as _, Result, ensure};
 use weft_cluster::Options;
-use weft_tests::mesh::{Mesh, NGINX};
+use weft_tests::{
+    failure::{Fate, cluster, row, watch::Watched as _},
+    mesh::{LAB, Mesh, NGINX},
+};
 
 const CANARY: &str = "weft-canary-91be";
 
@@ -43,6 +46,21 @@ spec:
     )
 }
 
+/// A Pod that watches from node 1, and one on node 2 that answers it line by line.
+fn watched(name: &str, node: &str) -> String {
+    format!(
+        "
+apiVersion: v1
+kind: Pod
+metadata: {{name: {name}, namespace: shop}}
+spec:
+  nodeName: {node}
+  terminationGracePeriodSeconds: 0
+  containers: [{{name: c, image: '{LAB}', args: [serve, --tcp, '7000']}}]
+"
+    )
+}
+
 fn call(mesh: &Mesh, namespace: &str, client: &str, server: &str) -> Result<String> {
     let header = format!("x-canary: {CANARY}");
     mesh.fetch(namespace, client, &format!("http://web.{server}.svc.cluster.local/"), &[&header])
@@ -75,15 +93,30 @@ fn without_agents_strict_stays_closed_and_the_rest_works() -> Result<()> {
         client("shop", "client"),
         server("outside", "node2"),
         client("outside", "client"),
+        watched("watcher", "node1"),
+        watched("echo", "node2"),
     ];
     mesh.cluster.apply(&documents.join("---\n"))?;
-    mesh.ready("shop", &["web", "client"])?;
+    mesh.ready("shop", &["web", "client", "watcher", "echo"])?;
     mesh.ready("outside", &["web", "client"])?;
-    mesh.enrolled("shop", &["web", "client"], "strict")?;
+    mesh.enrolled("shop", &["web", "client", "watcher", "echo"], "strict")?;
     mesh.eventually("a call through the mesh", || call(&mesh, "shop", "client", "shop"))?;
     mesh.eventually("a call outside", || call(&mesh, "outside", "client", "outside"))?;
 
+    let told = row("agent")?;
+    let (logs, from) = (tempfile::tempdir()?, mesh.cluster.node(1));
+    let to = format!("{}:7000", mesh.field("shop", "pod/echo", ".status.podIP")?);
+    let watch =
+        |name, running| cluster::watch(&from, ("shop", "watcher"), (name, &to), running, logs.path(), true);
+    let (new, running) = (watch("new", false)?, watch("running", true)?);
+
     agents(&mesh, false)?;
+    told.shown(|place| cluster::read(&mesh, &from, place))?;
+    told.observed(new.after(new.mark()?, 10)?.fate()?, running.still(10)?)?;
+    ensure!(
+        told.new == Fate::Refused && told.running == Fate::End,
+        "the rest of this test is about these fates"
+    );
     let capture = mesh.capture(1)?;
     for _ in 0..5 {
         let refused = call(&mesh, "shop", "client", "shop");
@@ -96,12 +129,10 @@ fn without_agents_strict_stays_closed_and_the_rest_works() -> Result<()> {
     mesh.cluster.apply(&[client("outside", "late"), client("shop", "late")].join("---\n"))?;
     mesh.ready("outside", &["late"])?;
     mesh.eventually("a late Pod outside the mesh", || call(&mesh, "outside", "late", "outside"))?;
-    mesh.ready("shop", &["late"])?;
+    // A strict one is held meanwhile: tests/cluster_guard.rs.
     let capture = mesh.capture(1)?;
-    for late in ["shop", "outside"] {
-        let refused = call(&mesh, late, "late", "shop");
-        ensure!(refused.is_err(), "a Pod that nobody knows reached a strict one: {refused:?}");
-    }
+    let refused = call(&mesh, "outside", "late", "shop");
+    ensure!(refused.is_err(), "a Pod that nobody knows reached a strict one: {refused:?}");
     let trace = capture.finish()?;
     ensure!(trace.find(CANARY.as_bytes()) == 0, "plaintext towards a strict Pod");
 
@@ -114,10 +145,12 @@ fn without_agents_strict_stays_closed_and_the_rest_works() -> Result<()> {
 
     agents(&mesh, true)?;
     mesh.enrolled("shop", &["web", "client", "late"], "strict")?;
+    new.settled(Fate::GoOn, 10, std::time::Duration::from_secs(60))?;
     for name in ["client", "late"] {
         mesh.eventually("calls after the agents' return", || call(&mesh, "shop", name, "shop"))?;
     }
     let refused = call(&mesh, "outside", "late", "shop");
     ensure!(refused.is_err(), "plaintext from outside was answered: {refused:?}");
-    call(&mesh, "outside", "late", "outside").map(drop)
+    call(&mesh, "outside", "late", "outside")?;
+    mesh.never_crashed()
 }

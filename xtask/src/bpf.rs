@@ -190,7 +190,7 @@ pub(crate) fn build(profile: Profile) -> Outcome {
             "Run this without sudo: the build needs no root, and the run asks for it itself.".into(),
         ));
     }
-    build_programs(profile, &["weft-agent", "weft-operator", "weft-cli", "weft-tests"])
+    build_programs(profile, &["weft-agent", "weft-cni", "weft-operator", "weft-cli", "weft-tests"])
 }
 
 /// Builds the object and the binaries of these packages.

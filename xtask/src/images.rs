@@ -25,7 +25,7 @@ struct Wanted<'a> {
 /// Builds the images and brings them where they are wanted.
 pub(crate) fn run(args: &[&str]) -> Outcome {
     let wanted = wanted(args)?;
-    bpf::build_programs(Profile::Dist, &["weft-agent", "weft-operator"])?;
+    bpf::build_programs(Profile::Dist, &["weft-agent", "weft-cni", "weft-operator"])?;
     let folder = wanted.save.map_or_else(|| sh::target().join("images"), |dir| sh::root().join(dir));
     let version = format!("v{}", env!("CARGO_PKG_VERSION"));
     let registry = wanted.push.or(wanted.registry).unwrap_or(REGISTRY);

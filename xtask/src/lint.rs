@@ -7,21 +7,23 @@ use std::{
     process::Command,
 };
 
-use crate::{Outcome, bpf, crds, failed, sh};
+use crate::{Outcome, bpf, crds, docs, failed, sh};
 
 /// Each crate, and the crates of ours that it may depend on.
-const EDGES: [(&str, &[&str]); 16] = [
+const EDGES: [(&str, &[&str]); 18] = [
     ("ebpf-common", &[]),
     ("ebpf", &["ebpf-common"]),
     ("core", &[]),
     ("runtime", &[]),
     ("proto", &[]),
+    ("cni", &[]),
     ("api", &["core"]),
     ("identity", &["core", "proto", "runtime"]),
     ("proxy", &["core", "identity", "runtime"]),
-    ("agent", &["core", "ebpf-common", "identity", "proto", "proxy", "runtime"]),
+    ("agent", &["cni", "core", "ebpf-common", "identity", "proto", "proxy", "runtime", "tests"]),
     ("operator", &["api", "core", "identity", "proto", "runtime"]),
     ("cli", &["api", "core", "proto"]),
+    ("bench", &["cluster", "core", "proto", "runtime", "tests"]),
     ("bpf-tests", &["core", "ebpf-common"]),
     ("cluster", &[]),
     ("fuzz", &["agent", "api", "core", "ebpf-common", "identity", "operator", "proto", "proxy"]),
@@ -35,9 +37,9 @@ const LIBRARIES: [(&str, &[&str]); 6] = [
     ("aya", &["agent", "bpf-tests", "ebpf-common"]),
     ("aya-obj", &["agent", "bpf-tests"]),
     ("aya-log", &["agent", "bpf-tests"]),
-    ("kube", &["api", "operator", "cli"]),
-    ("k8s-openapi", &["api", "operator", "cli"]),
-    ("tokio", &["agent", "cli", "identity", "operator", "proto", "proxy", "runtime"]),
+    ("kube", &["api", "bench", "operator", "cli"]),
+    ("k8s-openapi", &["api", "bench", "operator", "cli"]),
+    ("tokio", &["agent", "bench", "cli", "identity", "operator", "proto", "proxy", "runtime", "tests"]),
 ];
 
 /// Where `unsafe` may be written.
@@ -74,6 +76,7 @@ pub(crate) fn run() -> Outcome {
         step("clippy", sh::run(cargo.args(["--all-targets", "--", "--deny", "warnings"])));
     }
     step("CRDs", crds::run(true));
+    step("generated documentation", docs::run(true));
     match deny()? {
         Some(program) => {
             let mut command = Command::new(program);
@@ -150,6 +153,12 @@ fn words(name: &str, text: &str) -> Vec<String> {
         }
         if code.contains("tokio::spawn(") && !quoted && !name.starts_with("runtime/") {
             findings.push(format!("{at}: spawn through weft_runtime::Tasks"));
+        }
+        // The API client's library sets the process's default, whatever that is.
+        if ["ClientConfig::builder()", "ServerConfig::builder()"].iter().any(|word| code.contains(word))
+            && !quoted
+        {
+            findings.push(format!("{at}: name the provider of cryptography (builder_with_provider)"));
         }
     }
     let crate_root = name.ends_with("src/lib.rs") || name.ends_with("src/main.rs");
@@ -267,6 +276,7 @@ mod tests {
         let code = "#![forbid(unsafe_code)]\nfn f() { unsafe { g() } }\n";
         assert_eq!(words("core/src/lib.rs", code).len(), 1);
         assert_eq!(words("agent/src/datapath/sys.rs", code), Vec::<String>::new());
+        assert_eq!(words("core/src/tls.rs", "let config = ServerConfig::builder();\n").len(), 1);
         assert_eq!(
             words("core/src/lib.rs", "#![forbid(unsafe_code)]\n// unsafe { }\n"),
             Vec::<String>::new()

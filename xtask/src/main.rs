@@ -4,12 +4,15 @@
 
 use std::process::ExitCode;
 
+mod bench;
 mod bpf;
 mod cluster;
 mod crds;
 mod demo;
+mod docs;
 mod fuzz;
 mod images;
+mod kernels;
 mod lint;
 mod machine;
 mod sh;
@@ -26,9 +29,13 @@ cargo xtask COMMAND
   images --save DIR | --load kind:NAME | --push REGISTRY [--registry NAME] [--tag TAG]
                          the images of agent and operator: static binaries, made without a container engine
   test [--tier N]...     run the tests: 1 units, 2 ABI and verifier, 3 BPF test runs, 4 real attach, 5 two nodes,
-                         6 API server, 7 cluster
+                         6 API server, 7 cluster, 8 other kernels
+  bench --quick | --full the node proxy beside Envoy and HAProxy: what it costs, row by row
+  bench control-plane [OPTIONS]
+                         1,000 simulated agents, 10,000 Pods and 2,000 policies against the real operator and API server
   fuzz [SECONDS]         every parser of hostile bytes under libFuzzer, 20 s each
   lint                   format, clippy, dependency direction, file length, unsafe, CRDs, licences
+  docs [--check]         write the pages of docs/ that are made from code, or fail where one is stale
   crds [--check]         write deploy/crds from the types, or fail where it is stale
 
 Exit codes: 0 done, 1 it failed, 2 wrong usage, 3 this machine cannot run it.";
@@ -70,8 +77,11 @@ fn main() -> ExitCode {
         ["demo", rest @ ..] => demo::run(rest),
         ["test", rest @ ..] => test::run(rest),
         ["fuzz", rest @ ..] => fuzz::run(rest),
+        ["bench", rest @ ..] => bench::run(rest),
         ["images", rest @ ..] => images::run(rest),
         ["lint"] => lint::run(),
+        ["docs"] => docs::run(false),
+        ["docs", "--check"] => docs::run(true),
         ["crds"] => crds::run(false),
         ["crds", "--check"] => crds::run(true),
         [] | ["help" | "--help" | "-h"] => {

@@ -1,4 +1,4 @@
-//! `cargo xtask test`: seven tiers, from plain units to a real cluster.
+//! `cargo xtask test`: eight tiers, from plain units to a real cluster and other kernels.
 
 use std::{
     io::{BufRead as _, BufReader},
@@ -9,11 +9,11 @@ use std::{
 use crate::{
     Failure, Outcome,
     bpf::{self, Profile},
-    cluster, failed, images, machine, sh,
+    cluster, failed, images, kernels, machine, sh,
 };
 
 /// What a tier is, for the person who reads the output.
-const TIERS: [(u8, &str); 7] = [
+const TIERS: [(u8, &str); 8] = [
     (1, "units"),
     (2, "ABI and verifier"),
     (3, "BPF test runs"),
@@ -21,6 +21,7 @@ const TIERS: [(u8, &str); 7] = [
     (5, "two nodes"),
     (6, "API server"),
     (7, "cluster"),
+    (8, "other kernels"),
 ];
 
 #[derive(Debug, Default)]
@@ -85,8 +86,8 @@ fn wanted(args: &[&str]) -> Outcome<Vec<u8>> {
     let mut rest = args;
     while let ["--tier", value, more @ ..] = rest {
         match value.parse() {
-            Ok(tier @ 1..=7) => tiers.push(tier),
-            _ => return Err(Failure::Usage(format!("--tier takes 1 to 7, not {value:?}"))),
+            Ok(tier @ 1..=8) => tiers.push(tier),
+            _ => return Err(Failure::Usage(format!("--tier takes 1 to 8, not {value:?}"))),
         }
         rest = more;
     }
@@ -105,6 +106,9 @@ fn run_tier(tier: u8, tally: &mut Tally) -> Outcome {
             let mut cargo = sh::cargo();
             cargo.args(["test", "--no-fail-fast", "--package", "weft-operator", "--test", "grpc"]);
             libtest(&mut cargo, tally)?;
+            let mut cargo = sh::cargo();
+            cargo.args(["test", "--no-fail-fast", "--package", "weft-cni", "--test", "plugin"]);
+            libtest(&mut cargo, tally)?;
             bpf::build_ebpf()?;
             let mut cargo = sh::cargo();
             cargo.args([
@@ -122,7 +126,8 @@ fn run_tier(tier: u8, tally: &mut Tally) -> Outcome {
         2..=4 => bpf_tests(tier, tally),
         5 => two_nodes(tally),
         6 => api_server(tally),
-        _ => cluster(tally),
+        7 => cluster(tally),
+        _ => other_kernels(tally),
     }
 }
 
@@ -169,12 +174,20 @@ const CLUSTER: &str = "cluster";
 fn cluster(tally: &mut Tally) -> Outcome {
     cluster::parts(&["--all"])?;
     bpf::build(Profile::Release)?;
+    // A stranger's programs, for the tests beside a CNI that has its own.
+    bpf::build_programs(Profile::Release, &["weft-bpf-tests"])?;
     images::save(Profile::Release, "registry.test/weft", "test", &sh::target().join("test-images"))?;
     let mut tests = executables("weft-cluster", "--tests", Profile::Dev)?;
     let mut own = executables("weft-tests", "--tests", Profile::Release)?;
     own.retain(|(name, _)| name.starts_with(CLUSTER));
     tests.append(&mut own);
     run_as_root(&tests, Profile::Release, tally)
+}
+
+/// The datapath on Debian's kernels.
+fn other_kernels(tally: &mut Tally) -> Outcome {
+    bpf::build_ebpf()?;
+    libtest(&mut kernels::command(&executables("weft-agent", "--tests", Profile::Dev)?)?, tally)
 }
 
 /// Builds those of a package's test files that `which` chooses, and gives their names and programs.
@@ -265,7 +278,7 @@ mod tests {
     #[test]
     fn tiers_are_checked() {
         assert_eq!(wanted(&["--tier", "2", "--tier", "4"]).ok(), Some(vec![2, 4]));
-        assert!(wanted(&["--tier", "8"]).is_err());
+        assert!(wanted(&["--tier", "9"]).is_err());
         assert!(wanted(&["--tier"]).is_err());
     }
 }

@@ -7,6 +7,7 @@ use std::{
 };
 
 use aya_obj::generated::bpf_attach_type;
+use weft_core::WorkloadUid;
 use weft_ebpf_common::codes::program;
 
 use super::{
@@ -50,6 +51,8 @@ pub struct AttachmentStatus {
     pub id: u32,
     /// The cgroup, namespace or interface.
     pub attached_to: String,
+    /// The Pod that it is for; `None` at the cgroup.
+    pub pod: Option<WorkloadUid>,
     /// Whether it is attached (after this look's repair).
     pub healthy: bool,
     /// How often it had to be attached again.
@@ -200,6 +203,7 @@ impl Attachment {
             program: self.program,
             id: state.as_ref().copied().unwrap_or(0),
             attached_to: self.shown.clone(),
+            pod: None,
             healthy: state.is_ok(),
             repairs: self.repairs,
             problem,

@@ -56,7 +56,9 @@ pub enum DatapathError {
         path: PathBuf,
     },
     /// A map is full.
-    #[error("the map {name} is full ({capacity} entries); raise its size in the agent's configuration")]
+    #[error(
+        "the map {name} is full ({capacity} entries): give the agents a larger --map-size {name}=ENTRIES, and drain and restart this node, or spread Pods over more nodes"
+    )]
     MapFull {
         /// Its name.
         name: &'static str,

@@ -10,7 +10,7 @@ use std::{
 };
 
 use socket2::{Domain, Protocol, Socket, Type};
-use weft_ebpf_common::addr::redirect4;
+use weft_ebpf_common::addr::{HOST_SPREAD, redirect4};
 
 /// Backlog of each listener.
 const BACKLOG: i32 = 4096;
@@ -78,6 +78,49 @@ pub(super) fn open(slot: u32, ip6: Option<Ipv6Addr>, wanted: Ports) -> io::Resul
     Ok(Sockets { out4, in4, tunnel4, v6, ports })
 }
 
+/// The sockets of the node's own network.
+#[derive(Debug)]
+pub(super) struct HostSockets {
+    /// All for outgoing connections.
+    pub(super) outbound: Vec<TcpListener>,
+    pub(super) ports: Ports,
+}
+
+/// Opens listeners in the calling thread's namespace that are reached by their own addresses: no program chooses among
+/// the sockets of the node. A port of an earlier agent is never taken over; that agent serves it to its end.
+pub(super) fn open_host(slot: u32) -> io::Result<HostSockets> {
+    let (mut outbound, out4) = at_free_port(0, |port| {
+        let one = |spread| alone(SocketAddr::from((Ipv4Addr::from(redirect4(slot, spread)), port)));
+        Ok(((0..HOST_SPREAD).map(one).collect::<io::Result<Vec<_>>>()?, port))
+    })?;
+    let mut out6 = [0; 2];
+    for place in &mut out6 {
+        match at_free_port(0, |port| Ok((alone(SocketAddr::from((Ipv6Addr::LOCALHOST, port)))?, port))) {
+            Ok((listener, port)) => {
+                outbound.push(listener);
+                *place = port;
+            }
+            // A node without IPv6.
+            Err(e) if matches!(e.kind(), io::ErrorKind::AddrNotAvailable | io::ErrorKind::Unsupported) => {}
+            Err(e) if e.raw_os_error() == Some(libc::EAFNOSUPPORT) => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(HostSockets { outbound, ports: Ports { out4, out6 } })
+}
+
+/// A listener that shares its port with nobody.
+fn alone(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    if address.is_ipv6() {
+        socket.set_only_v6(true)?;
+    }
+    socket.bind(&address.into())?;
+    socket.set_nonblocking(true)?;
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
+}
+
 /// Calls `open` with the wanted port, then with random ones, until one is free.
 fn at_free_port<T>(wanted: u16, mut open: impl FnMut(u16) -> io::Result<T>) -> io::Result<T> {
     let mut last = io::Error::from(io::ErrorKind::AddrInUse);
@@ -124,6 +167,19 @@ mod tests {
         assert!(first.ports.out4 >= FIRST_PORT);
         let second = open(7, None, first.ports).expect("the same again");
         assert_eq!(first.ports, second.ports);
+    }
+
+    #[test]
+    fn the_nodes_listeners_are_at_ports_of_their_own() {
+        let first = open_host(6).expect("listeners");
+        let second = open_host(6).expect("those of the next agent");
+        assert_eq!(first.outbound.len(), HOST_SPREAD as usize + 2);
+        assert_ne!(first.ports.out4, second.ports.out4);
+        for (spread, listener) in first.outbound.iter().take(HOST_SPREAD as usize).enumerate() {
+            let ip = Ipv4Addr::from(redirect4(6, u32::try_from(spread).expect("small")));
+            assert_eq!(listener.local_addr().expect("address"), SocketAddr::from((ip, first.ports.out4)));
+        }
+        assert!(first.ports.out6[0] != first.ports.out6[1]);
     }
 
     #[test]

@@ -6,7 +6,10 @@ use std::{
     path::Path,
 };
 
-use aya::{EbpfLoader, include_bytes_aligned, programs::Program as AyaProgram};
+use aya::{
+    EbpfLoader, include_bytes_aligned,
+    programs::{Program as AyaProgram, ProgramError},
+};
 use weft_ebpf_common::codes::{LOG_GLOBAL, map, program};
 
 use super::{DatapathConfig, error::DatapathError, log::BpfLog, maps::pin_path, sys};
@@ -82,12 +85,8 @@ pub(super) fn load(config: &DatapathConfig) -> Result<Loaded, DatapathError> {
         let loaded = object
             .program_mut(name)
             .ok_or_else(|| DatapathError::Missing { what: format!("program {name}") })?;
-        let result = match loaded {
-            AyaProgram::CgroupSockAddr(p) => p.load(),
-            AyaProgram::SockOps(p) => p.load(),
-            AyaProgram::SkLookup(p) => p.load(),
-            AyaProgram::SchedClassifier(p) => p.load(),
-            _ => return Err(DatapathError::Missing { what: format!("program {name} of the expected type") }),
+        let Some(result) = verified(loaded) else {
+            return Err(DatapathError::Missing { what: format!("program {name} of the expected type") });
         };
         let refused = |reason| DatapathError::Program {
             program: name.into(),
@@ -103,6 +102,37 @@ pub(super) fn load(config: &DatapathConfig) -> Result<Loaded, DatapathError> {
     }
     let log = config.bpf_log.then(|| BpfLog::open(&mut object));
     Ok(Loaded { programs: Programs(programs), adopted, log })
+}
+
+/// Takes a program through the verifier; `None` for one of a type that the object should not hold.
+fn verified(program: &mut AyaProgram) -> Option<Result<(), ProgramError>> {
+    Some(match program {
+        AyaProgram::CgroupSockAddr(p) => p.load(),
+        AyaProgram::SockOps(p) => p.load(),
+        AyaProgram::SkLookup(p) => p.load(),
+        AyaProgram::SchedClassifier(p) => p.load(),
+        _ => return None,
+    })
+}
+
+/// Takes each program through the verifier with maps of its own, and lets go of all of it: what the kernel says against
+/// each, if anything.
+pub(super) fn trial() -> Result<Vec<(&'static str, Option<String>)>, DatapathError> {
+    if OBJECT.is_empty() {
+        return Err(DatapathError::Missing { what: "program at all".into() });
+    }
+    let mut object = EbpfLoader::new()
+        .load(OBJECT)
+        .map_err(|e| DatapathError::Object { kernel: kernel(), reason: reason(&e) })?;
+    let one = |name: &'static str| {
+        let outcome = object.program_mut(name).and_then(verified);
+        let problem = match outcome {
+            None => Some("the object does not hold it".to_owned()),
+            Some(outcome) => outcome.err().map(|e| format!("{}: {}", consequence(name), reason(&e))),
+        };
+        (name, problem)
+    };
+    Ok(program::ALL.into_iter().map(one).collect())
 }
 
 /// The maps that are pinned already; an error for one whose layout is not the object's, because the programs would

@@ -3,14 +3,14 @@
 use std::{
     io,
     marker::PhantomData,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::Path,
 };
 
 use aya::Pod as Plain;
 use weft_ebpf_common::{
-    Addr, AddrInfo, Config, CountKey, ListenerKey, OrigDst, Pod, PolicyKey, PolicyVal, SkMeta, Tuple, VipKey,
-    codes::map,
+    Addr, AddrInfo, Config, CountKey, Front, FrontKey, ListenerKey, OrigDst, Pod, PolicyKey, PolicyVal,
+    SkMeta, Tuple, VipKey, codes::map,
 };
 
 use super::{error::DatapathError, sys};
@@ -143,6 +143,11 @@ impl<K: Plain, V: Plain> Map<K, V> {
     pub(super) fn name(&self) -> &'static str {
         self.name
     }
+
+    /// Its descriptor, for a call that names the map.
+    pub(super) fn fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
 }
 
 /// A map that holds a `u64` per CPU.
@@ -234,6 +239,8 @@ pub(super) struct Maps {
     pub(super) stats: PerCpu<u32>,
     pub(super) config: Map<u32, Config>,
     pub(super) kubelets: Map<u64, u32>,
+    pub(super) fronts: Map<FrontKey, Front>,
+    pub(super) cgroups: Map<u64, u32>,
 }
 
 impl Maps {
@@ -255,6 +262,8 @@ impl Maps {
             stats: PerCpu::open(bpffs, map::STATS)?,
             config: Map::open(bpffs, map::CONFIG)?,
             kubelets: Map::open(bpffs, map::KUBELETS)?,
+            fronts: Map::open(bpffs, map::FRONTS)?,
+            cgroups: Map::open(bpffs, map::CGROUPS)?,
         })
     }
 
@@ -268,6 +277,7 @@ impl Maps {
             self.addrs.fill()?,
             self.cidrs.fill()?,
             self.vip_denied.fill()?,
+            self.fronts.fill()?,
             self.policy.fill()?,
             self.counts.fill()?,
         ])

@@ -16,7 +16,7 @@ use rustix::{
 use super::error::DatapathError;
 
 /// `BPF_FS_MAGIC` (include/uapi/linux/magic.h).
-const BPF_FS: FsWord = 0xcafe_4a11;
+pub(super) const BPF_FS: FsWord = 0xcafe_4a11;
 /// Where a cgroup2 hierarchy is mounted on a node that has none.
 const OWN_CGROUP_MOUNT: &str = "/run/weft/cgroup2";
 

@@ -1,15 +1,17 @@
-//! Netlink as far as it is needed: dumps of links, addresses and TCP sockets, the end of one socket; filters in
-//! [`tc`].
+//! Netlink as far as it is needed: dumps of links and addresses; TCP sockets in [`diag`], filters in [`tc`].
 
 use std::{
     io,
-    net::{IpAddr, SocketAddr},
+    net::IpAddr,
     os::fd::{AsFd, OwnedFd},
 };
 
-use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, netlink};
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
 
+mod diag;
 pub(super) mod tc;
+
+pub(super) use diag::{TcpSocket, destroy, tcp_sockets};
 
 /// Longest answer that is read at once; the kernel's dumps stay below it.
 const BUFFER: usize = 64 << 10;
@@ -25,13 +27,9 @@ const NLM_F_ACK: u16 = 4;
 const NLM_F_DUMP: u16 = 0x300;
 const RTM_GETLINK: u16 = 18;
 const RTM_GETADDR: u16 = 22;
-const SOCK_DIAG_BY_FAMILY: u16 = 20;
-const SOCK_DESTROY: u16 = 21;
 const IFA_ADDRESS: u16 = 1;
 const IFA_LOCAL: u16 = 2;
 const IFLA_LINK: u16 = 5;
-const TCP_ESTABLISHED: u32 = 1;
-const TCP_LISTEN: u32 = 10;
 
 /// A netlink socket of the calling thread's network namespace.
 struct Netlink(OwnedFd);
@@ -144,64 +142,6 @@ pub(super) fn peer_of(index: u32) -> io::Result<Option<u32>> {
     }
 }
 
-/// A TCP socket as `inet_diag` shows it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct TcpSocket {
-    family: u8,
-    id: [u8; 48],
-    /// Its own address.
-    pub(super) local: SocketAddr,
-    /// Its peer.
-    pub(super) remote: SocketAddr,
-    /// True where it only listens.
-    pub(super) listening: bool,
-}
-
-/// struct inet_diag_req_v2 (include/uapi/linux/inet_diag.h).
-fn diag_request(family: u8, states: u32, id: &[u8; 48]) -> [u8; 56] {
-    let mut request = [0_u8; 56];
-    request[0] = family;
-    request[1] = 6;
-    request[4..8].copy_from_slice(&states.to_ne_bytes());
-    request[8..].copy_from_slice(id);
-    request
-}
-
-/// Reads struct inet_diag_msg: family, state, timer, retransmits, then the socket's id.
-fn diag_socket(body: &[u8]) -> Option<TcpSocket> {
-    let (family, state) = (*body.first()?, *body.get(1)?);
-    let id: [u8; 48] = *body.get(4..)?.first_chunk()?;
-    let port = |at: usize| Some(u16::from_be_bytes(*id.get(at..)?.first_chunk()?));
-    let ip = |at: usize| address(id.get(at..at + if i32::from(family) == libc::AF_INET { 4 } else { 16 })?);
-    let local = SocketAddr::new(ip(4)?.to_canonical(), port(0)?);
-    let remote = SocketAddr::new(ip(20)?.to_canonical(), port(2)?);
-    Some(TcpSocket { family, id, local, remote, listening: u32::from(state) == TCP_LISTEN })
-}
-
-/// Every listening and connected TCP socket of the namespace.
-pub(super) fn tcp_sockets() -> io::Result<Vec<TcpSocket>> {
-    let socket = Netlink::open(Some(netlink::SOCK_DIAG))?;
-    // Half-open and closing states too: everything that can still carry bytes.
-    let states = (0x7ff & !(1 << 6) & !(1 << 7)) | (1 << TCP_LISTEN) | (1 << TCP_ESTABLISHED);
-    let mut found = Vec::new();
-    for family in [libc::AF_INET, libc::AF_INET6] {
-        let request = diag_request(u8::try_from(family).unwrap_or_default(), states, &[0; 48]);
-        socket.dump(SOCK_DIAG_BY_FAMILY, &request, |body| found.extend(diag_socket(body)))?;
-    }
-    Ok(found)
-}
-
-/// Ends a connection of the namespace with a reset; false where it is gone already.
-pub(super) fn destroy(tcp: &TcpSocket) -> io::Result<bool> {
-    let socket = Netlink::open(Some(netlink::SOCK_DIAG))?;
-    socket.send(SOCK_DESTROY, NLM_F_ACK, &diag_request(tcp.family, u32::MAX, &tcp.id))?;
-    match socket.receive(|_| ()) {
-        Ok(()) => Ok(true),
-        Err(e) if e.raw_os_error() == Some(libc::ENOENT) => Ok(false),
-        Err(e) => Err(e),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -213,30 +153,11 @@ mod tests {
         assert!(message(&[255; 16]).is_none());
         assert!(attribute(&[0; 4], 5).is_none());
         assert!(attribute(&[255; 8], 5).is_none());
-        assert!(diag_socket(&[2; 20]).is_none());
     }
 
     #[test]
-    fn the_loopback_and_its_sockets_are_seen() {
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("bind");
-        let address = listener.local_addr().expect("address");
-        assert!(tcp_sockets().expect("dump").iter().any(|s| s.listening && s.local == address));
+    fn the_loopback_is_seen() {
         assert!(addresses().expect("dump").iter().any(|(_, a)| a.is_loopback()));
         assert_eq!(peer_of(0x7fff_0000).expect("answer"), None);
-    }
-
-    #[test]
-    fn a_destroyed_connection_is_reset() {
-        use std::io::Read as _;
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("bind");
-        let mut client =
-            std::net::TcpStream::connect(listener.local_addr().expect("address")).expect("connect");
-        let (server, _) = listener.accept().expect("accept");
-        let local = server.local_addr().expect("address");
-        let remote = server.peer_addr().expect("peer");
-        let sockets = tcp_sockets().expect("dump");
-        let socket = sockets.iter().find(|s| s.local == local && s.remote == remote).expect("listed");
-        assert!(destroy(socket).expect("destroyed; run as root"));
-        assert!(client.read(&mut [0; 1]).is_err_and(|e| e.kind() == io::ErrorKind::ConnectionReset));
     }
 }

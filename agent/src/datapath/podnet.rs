@@ -32,6 +32,7 @@ const IP_BIND_ADDRESS_NO_PORT: i32 = 24;
 pub(super) struct PodNetwork {
     netns: Arc<NetNs>,
     maps: Arc<Maps>,
+    addresses: Vec<IpAddr>,
     pool: [Mutex<Vec<OwnedFd>>; 2],
     next_source: AtomicU8,
 }
@@ -44,7 +45,13 @@ impl fmt::Debug for PodNetwork {
 
 impl PodNetwork {
     pub(super) fn new(netns: Arc<NetNs>, maps: Arc<Maps>) -> Self {
-        Self { netns, maps, pool: Default::default(), next_source: AtomicU8::new(0) }
+        Self { netns, maps, addresses: Vec::new(), pool: Default::default(), next_source: AtomicU8::new(0) }
+    }
+
+    /// With what the Pod's own addresses are.
+    pub(super) fn with_addresses(mut self, addresses: &[IpAddr]) -> Self {
+        self.addresses = addresses.to_vec();
+        self
     }
 
     /// An unconnected, non-blocking socket inside the namespace.
@@ -86,6 +93,10 @@ impl PodNetwork {
 }
 
 impl PodNet for PodNetwork {
+    fn addresses(&self) -> &[IpAddr] {
+        &self.addresses
+    }
+
     fn socket(&self, family: Family, shown: Option<SocketAddr>) -> io::Result<TcpSocket> {
         let socket = self.fresh(family)?;
         let mut meta = SkMeta { kind: kind::PROXY, netns: self.netns.cookie(), ..SkMeta::default() };
@@ -140,6 +151,13 @@ impl PodNet for PodNetwork {
             subject: SubjectId(subject),
         };
         Ok(taken.then_some(found))
+    }
+
+    fn accepted(&self, accepted: &TcpStream) {
+        let meta = SkMeta { kind: kind::PROXY, netns: self.netns.cookie(), ..SkMeta::default() };
+        if let Err(error) = self.maps.sk_meta.set(&accepted.as_raw_fd(), &meta) {
+            tracing::warn!(%error, "an accepted connection cannot be marked; it ends if its Pod's mode is tightened");
+        }
     }
 }
 

@@ -39,7 +39,7 @@ use super::{
 pub struct PodSpec {
     /// Its UID.
     pub uid: WorkloadUid,
-    /// Its policy subject.
+    /// Its policy subject; [`SubjectId::UNKNOWN`] holds it: it neither reaches the mesh nor is reached.
     pub subject: SubjectId,
     /// How the mesh treats it; not `Disabled` (see [`super::Datapath::pass`]).
     pub mode: Mode,
@@ -117,6 +117,11 @@ impl Inside {
     /// The cookie of the namespace.
     pub(super) fn cookie(&self) -> u64 {
         self.netns.cookie()
+    }
+
+    /// Whether an earlier enrolment has made it strict.
+    pub(super) fn was_strict(&self) -> bool {
+        self.earlier.is_some_and(|earlier| earlier.flags & pod::STRICT != 0)
     }
 }
 
@@ -307,14 +312,15 @@ fn slots(sockets: &Sockets) -> Vec<(u8, u16, i32)> {
     all
 }
 
-/// The flags of a Pod's entry.
+/// The flags of a Pod's entry. Who has no subject yet is held.
 pub(super) fn flags(spec: &PodSpec) -> Result<u32, DatapathError> {
     let open = spec.fail_mode == FailMode::Open;
+    let held = if spec.subject == SubjectId::UNKNOWN { pod::HELD } else { 0 };
     match spec.mode {
         Mode::Disabled => Ok(pod::PASS),
         Mode::Strict if open => Err(DatapathError::OpenStrict { uid: spec.uid.clone() }),
-        Mode::Strict => Ok(pod::STRICT),
-        Mode::Permissive => Ok(pod::PERMISSIVE | if open { pod::FAIL_OPEN } else { 0 }),
+        Mode::Strict => Ok(pod::STRICT | held),
+        Mode::Permissive => Ok(pod::PERMISSIVE | held | if open { pod::FAIL_OPEN } else { 0 }),
     }
 }
 
@@ -409,5 +415,7 @@ mod tests {
         let open = flags(&spec(Mode::Permissive, FailMode::Open)).expect("flags");
         assert_eq!(open, pod::PERMISSIVE | pod::FAIL_OPEN);
         assert_eq!(flags(&spec(Mode::Strict, FailMode::Closed)).expect("flags"), pod::STRICT);
+        let held = PodSpec { subject: SubjectId::UNKNOWN, ..spec(Mode::Strict, FailMode::Closed) };
+        assert_eq!(flags(&held).expect("flags"), pod::STRICT | pod::HELD);
     }
 }

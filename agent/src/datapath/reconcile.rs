@@ -9,7 +9,8 @@ use std::{
 use aya::Pod as Plain;
 use weft_core::policy::{Cidr, kernel::RowVerdict};
 use weft_ebpf_common::{
-    Addr, AddrInfo, PolicyKey, PolicyVal, VipKey,
+    Addr, AddrInfo, Front, FrontKey, PolicyKey, PolicyVal, VipKey,
+    addr::NONE,
     codes::{config, info, subject, verdict},
 };
 
@@ -17,7 +18,7 @@ use super::{
     addr::encode,
     error::DatapathError,
     maps::{Map, Maps, Prefix},
-    tables::{AddressInfo, RangeInfo, Tables},
+    tables::{AddressInfo, FrontInfo, RangeInfo, Tables},
 };
 
 /// What a reconciliation changed.
@@ -98,6 +99,7 @@ pub(super) fn reconcile(maps: &Maps, tables: &Tables) -> Result<Changes, Datapat
     let addresses = (tables.addresses.iter())
         .map(|(a, i)| (encode(*a), address(i, here.contains(&encode(*a)))))
         .collect();
+    let fronts = tables.fronts.iter().map(front).collect();
     let ranges = tables.ranges.iter().filter_map(|(cidr, i)| Some((prefix(cidr)?, range(i)))).collect();
     let denied =
         tables.vip_denied.iter().map(|((s, a, port), policy)| (vip(s.0, *a, *port), *policy)).collect();
@@ -107,8 +109,10 @@ pub(super) fn reconcile(maps: &Maps, tables: &Tables) -> Result<Changes, Datapat
     let rows = insert(&maps.policy, &rows, &mut changes)?;
     let denied = insert(&maps.vip_denied, &denied, &mut changes)?;
     let ranges = insert(&maps.cidrs, &ranges, &mut changes)?;
+    let fronts = insert(&maps.fronts, &fronts, &mut changes)?;
     let addresses = insert(&maps.addrs, &addresses, &mut changes)?;
     addresses.delete(&mut changes)?;
+    fronts.delete(&mut changes)?;
     ranges.delete(&mut changes)?;
     denied.delete(&mut changes)?;
     rows.delete(&mut changes)?;
@@ -132,9 +136,17 @@ pub(super) fn address(entry: &AddressInfo, here: bool) -> AddrInfo {
         (entry.shortcut && local, info::SHORTCUT_OK),
         (entry.service, info::SERVICE),
         (entry.meshed, info::MESHED),
+        (entry.front, info::FRONT),
+        (entry.node, info::NODE),
     ];
     let flags = flags.iter().filter(|(set, _)| *set).fold(0, |all, (_, flag)| all | flag);
     AddrInfo { subject: entry.subject.0, flags }
+}
+
+fn front(((address, protocol, port), entry): (&(Option<IpAddr>, u8, u16), &FrontInfo)) -> (FrontKey, Front) {
+    let AddrInfo { subject, flags } = self::address(&entry.service, false);
+    let key = FrontKey { addr: address.map_or(NONE, encode), port: *port, proto: *protocol, pad: 0 };
+    (key, Front { subject, flags, port: entry.port, pad: 0 })
 }
 
 fn range(entry: &RangeInfo) -> AddrInfo {

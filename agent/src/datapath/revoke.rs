@@ -1,16 +1,20 @@
-//! Ending connections of the kernel path that policy no longer allows.
+//! Ending connections beside the proxy: those that policy no longer allows, and those from before a Pod's enrolment.
 
-use std::{collections::HashSet, net::SocketAddr};
+use std::{collections::HashSet, io, net::SocketAddr};
 
 use weft_core::WorkloadUid;
-use weft_ebpf_common::{Addr, codes::TUNNEL_PORT};
+use weft_ebpf_common::{
+    Addr,
+    codes::{TUNNEL_PORT, kind, proto},
+};
 
 use super::{
+    Datapath,
     addr::{decode, encode},
     error::DatapathError,
     maps::Maps,
-    netlink,
-    pods::Pods,
+    netlink::{self, TcpSocket},
+    pods::{Enrolment, Pods},
 };
 
 /// Something that passes beside the proxy.
@@ -24,46 +28,151 @@ pub struct KernelConnection<'a> {
     pub server: SocketAddr,
     /// IP protocol number.
     pub protocol: u8,
+    /// No hook has judged it: it is from before the caller came into the mesh, or from outside.
+    pub earlier: bool,
 }
 
-/// Resets TCP connections and forgets flows for which `denied` says yes; how many.
-///
+impl Datapath {
+    /// Ends what passes beside the proxy and is `denied` now: resets TCP connections between Pods of this node,
+    /// forgets flows of other protocols. Returns how many.
+    ///
+    /// # Errors
+    /// When sockets cannot be listed or ended.
+    pub fn revoke(&self, denied: impl FnMut(KernelConnection<'_>) -> bool) -> Result<usize, DatapathError> {
+        revoke(&self.inner.pods.lock(), &self.inner.maps, denied)
+    }
+
+    /// Resets what `earlier` Pods of this node had open with anybody else when they came into the mesh, or under a
+    /// stricter mode, and that is `denied` now. Returns how many.
+    ///
+    /// Spared are the proxy's own connections, whichever agent they belong to, what stays within a Pod, the
+    /// kubelet's, and those between two enrolled Pods of this node, which are [`Self::revoke`]'s.
+    ///
+    /// # Errors
+    /// When sockets cannot be listed or ended.
+    pub fn end_earlier(
+        &self,
+        earlier: &HashSet<WorkloadUid>,
+        denied: impl FnMut(KernelConnection<'_>) -> bool,
+    ) -> Result<usize, DatapathError> {
+        end_earlier(&self.inner.pods.lock(), &self.inner.maps, earlier, denied)
+    }
+}
+
+/// The TCP sockets of a Pod with their marks.
+fn sockets(pod: &Enrolment, maps: &Maps) -> Result<Vec<TcpSocket>, DatapathError> {
+    let marks = maps.sk_meta.fd();
+    pod.netns.run(|| netlink::tcp_sockets(Some(marks))).map_err(failed("the Pod's sockets"))
+}
+
+/// Connections that the node's kubelet made, as its Pods see them: their own address, then the kubelet's.
+fn of_the_kubelet(maps: &Maps) -> Result<HashSet<(SocketAddr, SocketAddr)>, DatapathError> {
+    let cgroups: HashSet<u64> = maps.kubelets.keys()?.into_iter().collect();
+    if cgroups.is_empty() {
+        return Ok(HashSet::new());
+    }
+    let sockets = netlink::tcp_sockets(None).map_err(failed("the node's sockets"))?;
+    Ok(sockets.iter().filter(|s| cgroups.contains(&s.cgroup)).map(|s| (s.remote, s.local)).collect())
+}
+
+fn failed(call: &'static str) -> impl FnOnce(io::Error) -> DatapathError {
+    move |source| DatapathError::Netlink { call, source }
+}
+
+/// Ends sockets of a Pod; how many.
+fn destroy(pod: &Enrolment, doomed: &[TcpSocket]) -> Result<usize, DatapathError> {
+    if doomed.is_empty() {
+        return Ok(0);
+    }
+    let ended = pod
+        .netns
+        .run(|| doomed.iter().map(netlink::destroy).try_fold(0, |n, done| Ok(n + usize::from(done?))));
+    ended.map_err(failed("the end of a connection"))
+}
+
+fn listening(sockets: &[TcpSocket]) -> HashSet<u16> {
+    sockets.iter().filter(|s| s.listening).map(|s| s.local.port()).collect()
+}
+
 /// Connections between two Pods of this node that do not run through the proxy are looked at where they arrive; the
 /// reset ends both sides. Those of the proxy itself are on loopback or the tunnel port.
-pub(super) fn revoke(
+fn revoke(
     pods: &Pods,
     maps: &Maps,
     mut denied: impl FnMut(KernelConnection<'_>) -> bool,
 ) -> Result<usize, DatapathError> {
     let here = pods.addresses();
-    let failed = |call| move |source| DatapathError::Netlink { call, source };
-    let mut ended = 0;
-    for (uid, enrolment) in &pods.enrolled {
-        let sockets = enrolment.netns.run(netlink::tcp_sockets).map_err(failed("the Pod's sockets"))?;
-        let listening: HashSet<u16> =
-            sockets.iter().filter(|s| s.listening).map(|s| s.local.port()).collect();
-        let doomed: Vec<_> = sockets
-            .iter()
-            .filter(|s| {
-                !s.listening && here.contains(&encode(s.local.ip())) && here.contains(&encode(s.remote.ip()))
-            })
+    let mut arrived = Vec::new();
+    let mut judged = HashSet::new();
+    for (uid, pod) in &pods.enrolled {
+        let sockets = sockets(pod, maps)?;
+        judged.extend(sockets.iter().filter(|s| s.kind == kind::DIRECT).map(|s| (s.local, s.remote)));
+        let listening = listening(&sockets);
+        let pairs = sockets.into_iter().filter(|s| {
+            !s.listening && here.contains(&encode(s.local.ip())) && here.contains(&encode(s.remote.ip()))
+        });
+        let pairs = pairs
             .filter(|s| s.local.ip() != s.remote.ip())
             .filter(|s| s.local.port() != TUNNEL_PORT && s.remote.port() != TUNNEL_PORT)
             // Without a listener here the connection went out from this Pod: it is looked at on the other side.
-            .filter(|s| listening.contains(&s.local.port()))
-            .filter(|s| {
-                denied(KernelConnection { pod: Some(uid), client: s.remote, server: s.local, protocol: 6 })
+            .filter(|s| listening.contains(&s.local.port()));
+        arrived.push((uid, pod, pairs.collect::<Vec<_>>()));
+    }
+    let mut ended = 0;
+    for (uid, pod, mut pairs) in arrived {
+        pairs.retain(|s| {
+            denied(KernelConnection {
+                pod: Some(uid),
+                client: s.remote,
+                server: s.local,
+                protocol: proto::TCP,
+                earlier: !judged.contains(&(s.remote, s.local)),
             })
-            .copied()
-            .collect();
-        if !doomed.is_empty() {
-            let destroyed = enrolment.netns.run(|| {
-                doomed.iter().map(netlink::destroy).try_fold(0, |n, done| Ok(n + usize::from(done?)))
-            });
-            ended += destroyed.map_err(failed("the end of a connection"))?;
-        }
+        });
+        ended += destroy(pod, &pairs)?;
     }
     ended += forget_flows(pods, maps, &mut denied)?;
+    Ok(ended)
+}
+
+fn end_earlier(
+    pods: &Pods,
+    maps: &Maps,
+    earlier: &HashSet<WorkloadUid>,
+    mut denied: impl FnMut(KernelConnection<'_>) -> bool,
+) -> Result<usize, DatapathError> {
+    let chosen: Vec<_> = pods.enrolled.iter().filter(|(uid, _)| earlier.contains(*uid)).collect();
+    if chosen.is_empty() {
+        return Ok(0);
+    }
+    let here = pods.addresses();
+    let kubelet = of_the_kubelet(maps)?;
+    let mut ended = 0;
+    for (uid, pod) in chosen {
+        let sockets = sockets(pod, maps)?;
+        let listening = listening(&sockets);
+        let doomed: Vec<_> = sockets
+            .into_iter()
+            .filter(|s| !s.listening && s.kind != kind::PROXY)
+            .filter(|s| !s.local.ip().is_loopback() && !s.remote.ip().is_loopback())
+            .filter(|s| s.local.ip() != s.remote.ip() && !here.contains(&encode(s.remote.ip())))
+            // Tunnels, also those of an agent whose marks were in other maps.
+            .filter(|s| s.local.port() != TUNNEL_PORT && s.remote.port() != TUNNEL_PORT)
+            .filter(|s| !kubelet.contains(&(s.local, s.remote)))
+            .filter(|s| {
+                let inbound = listening.contains(&s.local.port());
+                let (client, server) = if inbound { (s.remote, s.local) } else { (s.local, s.remote) };
+                denied(KernelConnection {
+                    pod: inbound.then_some(uid),
+                    client,
+                    server,
+                    protocol: proto::TCP,
+                    earlier: s.kind != kind::DIRECT,
+                })
+            })
+            .collect();
+        ended += destroy(pod, &doomed)?;
+    }
     Ok(ended)
 }
 
@@ -84,7 +193,7 @@ fn forget_flows(
         if pod.is_none() && at(&flow.src).is_none() {
             continue;
         }
-        if denied(KernelConnection { pod, client, server, protocol: flow.proto }) {
+        if denied(KernelConnection { pod, client, server, protocol: flow.proto, earlier: false }) {
             forgotten += usize::from(maps.flows.delete(&flow)?);
         }
     }

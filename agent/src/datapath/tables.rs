@@ -12,9 +12,10 @@ use weft_core::{
         Cidr,
         kernel::{self, Row, RowVerdict},
     },
+    service::{AppProtocol, Endpoint},
     workload::Mode,
 };
-use weft_ebpf_common::codes::proto;
+use weft_ebpf_common::codes::{VIP_NO_ENDPOINT, proto};
 
 #[cfg(test)]
 mod tests;
@@ -39,7 +40,23 @@ pub struct AddressInfo {
     pub service: bool,
     /// A Service with an enrolled Pod behind it.
     pub meshed: bool,
+    /// Some of its ports are a Service's: [`Tables::fronts`].
+    pub front: bool,
+    /// An address of a node, where the ports of every node are.
+    pub node: bool,
 }
+
+/// A Service's port at an address that is not the Service's alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FrontInfo {
+    /// What is known of the Service's own address.
+    pub service: AddressInfo,
+    /// The Service's own port.
+    pub port: u16,
+}
+
+/// Ports of Services elsewhere, by address (`None`: every node's), protocol and port.
+pub type Fronts = BTreeMap<(Option<IpAddr>, u8, u16), FrontInfo>;
 
 /// What is known of a range of addresses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,9 +72,12 @@ pub struct RangeInfo {
 pub struct Tables {
     /// Addresses of Pods and Services.
     pub addresses: BTreeMap<IpAddr, AddressInfo>,
+    /// Ports of Services at addresses that are not theirs alone.
+    pub fronts: Fronts,
     /// Ranges; the longest match counts.
     pub ranges: BTreeMap<Cidr, RangeInfo>,
-    /// Service ports of which every ready endpoint refuses a local subject, and the policy that does.
+    /// Service ports of which every ready endpoint refuses a local subject, and the policy that does; or
+    /// [`VIP_NO_ENDPOINT`] where there is none.
     pub vip_denied: BTreeMap<(SubjectId, IpAddr, u16), u32>,
     /// Policy rows.
     pub rows: Vec<Row>,
@@ -71,11 +91,12 @@ impl Tables {
     /// Computes the tables that `node` needs.
     pub fn compile(state: &MeshState, node: &str) -> Self {
         let policy = kernel::compile(state, node);
-        let addresses = addresses(state, node, &policy.services);
+        let (addresses, fronts) = addresses(state, node, &policy.services);
         let vip_denied = vip_denied(state, node, &policy.rows);
         let mesh = state.config().map(|c| c.ranges.as_slice()).unwrap_or_default();
         Self {
             addresses,
+            fronts,
             ranges: ranges(mesh, &policy.cidrs),
             vip_denied,
             rows: policy.rows,
@@ -89,9 +110,10 @@ fn addresses(
     state: &MeshState,
     node: &str,
     guarded: &BTreeMap<NamespacedName, kernel::ServiceSubject>,
-) -> BTreeMap<IpAddr, AddressInfo> {
+) -> (BTreeMap<IpAddr, AddressInfo>, Fronts) {
     let shortcut = state.config().is_some_and(|c| c.same_node == SameNode::Shortcut);
-    let mut addresses = BTreeMap::new();
+    let mut addresses: BTreeMap<IpAddr, AddressInfo> = BTreeMap::new();
+    let mut fronts = BTreeMap::new();
     for service in state.services() {
         let guard = guarded.get(&service.name);
         let info = AddressInfo {
@@ -106,6 +128,11 @@ fn addresses(
             ..AddressInfo::default()
         };
         addresses.extend(service.addresses.iter().map(|a| (a.to_canonical(), info)));
+        for front in &service.fronts {
+            let key = (front.address.map(|a| a.to_canonical()), front.protocol, front.port);
+            // Of two Services that want the same, the first by name has it, as in the proxy.
+            fronts.entry(key).or_insert(FrontInfo { service: info, port: front.service_port });
+        }
     }
     for workload in state.workloads() {
         let enrolled = workload.mode.enrolled();
@@ -117,12 +144,25 @@ fn addresses(
             strict: workload.mode == Mode::Strict,
             policed: enrolled && kernel::policed(workload),
             shortcut: local && shortcut && !workload.network_policy,
-            service: false,
-            meshed: false,
+            ..AddressInfo::default()
         };
         addresses.extend(workload.addresses.iter().map(|a| (a.to_canonical(), info)));
     }
-    addresses
+    // What is a Pod's or a Service's own is nobody else's, whatever somebody writes into a Service.
+    fronts.retain(|(address, ..), _| address.is_none_or(|a| !addresses.contains_key(&a)));
+    let own: Vec<IpAddr> = fronts.keys().filter_map(|(address, ..)| *address).collect();
+    for address in own {
+        addresses.entry(address).or_default().front = true;
+    }
+    if fronts.keys().any(|(address, ..)| address.is_none()) {
+        let nodes = state.workloads().filter(|w| w.is_node()).flat_map(|w| &w.host_addresses);
+        for address in nodes.map(IpAddr::to_canonical) {
+            let info = addresses.entry(address).or_default();
+            let described = info.service || state.workload_at(address).is_some();
+            (info.front, info.node) = if described { (info.front, false) } else { (true, true) };
+        }
+    }
+    (addresses, fronts)
 }
 
 /// Lays the mesh's ranges and the policies' classes over each other: in a trie only the longest match is seen, so
@@ -163,15 +203,28 @@ impl<'a> Rows<'a> {
 }
 
 fn vip_denied(state: &MeshState, node: &str, rows: &[Row]) -> BTreeMap<(SubjectId, IpAddr, u16), u32> {
-    let enrolled_here =
-        |w: &&std::sync::Arc<weft_core::Workload>| w.mode.enrolled() && w.node.as_ref() == node;
+    let enrolled_here = |w: &&std::sync::Arc<weft_core::Workload>| {
+        (w.mode.enrolled() || w.is_node()) && w.node.as_ref() == node
+    };
     let subjects: HashSet<SubjectId> = state.workloads().filter(enrolled_here).map(|w| w.subject).collect();
     let rows = Rows::new(rows);
     let mut denied = BTreeMap::new();
     for service in state.services() {
         for port in &service.ports {
+            let near = |e: &Endpoint| !service.node_local || e.node.as_deref() == Some(node);
+            let takes = |e: &&Endpoint| e.ready && near(e) && e.ports.contains_key(&port.port);
+            let keys =
+                |subject| service.addresses.iter().map(move |a| (subject, a.to_canonical(), port.port));
+            // As without a mesh, where programs wait for each other by connecting. HTTP is answered instead.
+            let opaque =
+                port.app_protocol == AppProtocol::Tcp && state.routes_of(&service.name).next().is_none();
+            if opaque && !service.endpoints.iter().any(|e| takes(&e)) {
+                let all = subjects.iter().copied().flat_map(&keys);
+                denied.extend(all.map(|key| (key, VIP_NO_ENDPOINT)));
+                continue;
+            }
             // Where each ready endpoint's connection would arrive; an endpoint without policy refuses nobody.
-            let ready = service.endpoints.iter().filter(|e| e.ready && e.ports.contains_key(&port.port));
+            let ready = service.endpoints.iter().filter(takes);
             let targets: Option<BTreeSet<(SubjectId, u16)>> = ready
                 .map(|endpoint| {
                     let workload = state.workload(endpoint.workload.as_ref()?)?;
@@ -184,8 +237,7 @@ fn vip_denied(state: &MeshState, node: &str, rows: &[Row]) -> BTreeMap<(SubjectI
                 let refusals = targets.iter().map(|(target, port)| rows.refusal(subject, *target, *port));
                 let Some(refusals) = refusals.collect::<Option<Vec<u32>>>() else { continue };
                 let policy = refusals.into_iter().max().unwrap_or(0);
-                let keys = service.addresses.iter().map(|a| (subject, a.to_canonical(), port.port));
-                denied.extend(keys.map(|key| (key, policy)));
+                denied.extend(keys(subject).map(|key| (key, policy)));
             }
         }
     }

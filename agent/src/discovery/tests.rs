@@ -180,6 +180,18 @@ fn verdicts(mode: Mode) -> (Verdicts, watch::Sender<Arc<Placements>>) {
     (Verdicts { placements: placements.subscribe(), state: state.subscribe() }, placements)
 }
 
+/// A gate that nobody stands behind.
+pub(crate) fn lone_gate(mode: Mode) -> Gate {
+    gate(mode).0
+}
+
+/// A gate for the namespace `shop` of that mode, with the other ends of what it speaks to.
+pub(super) fn gate(mode: Mode) -> (Gate, mpsc::Receiver<Event>, watch::Sender<Arc<Placements>>) {
+    let (events, queue) = mpsc::channel(8);
+    let (verdicts, placements) = verdicts(mode);
+    (Gate { root: "/".into(), events, verdicts }, queue, placements)
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_strict_pod_does_not_start_without_the_mesh() {
     let limit = Duration::from_secs(1);

@@ -41,6 +41,14 @@ impl Verdicts {
         }
     }
 
+    /// Waits until the kernel has a sandbox, open or closed; what became of it, also where that is not the case in time.
+    pub(super) async fn placed(&self, id: &str, limit: Duration) -> Option<Placement> {
+        let mut placements = self.placements.clone();
+        let settled = |p: &Arc<Placements>| !matches!(p.get(id), None | Some(Placement::Unknown));
+        let _ = timeout(limit, async { placements.wait_for(settled).await.is_ok() }).await;
+        placements.borrow().get(id).cloned()
+    }
+
     fn strict(&self, sandbox: &Sandbox) -> bool {
         let state = self.state.borrow();
         match state.workload(&sandbox.uid) {

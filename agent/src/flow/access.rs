@@ -194,6 +194,8 @@ fn protocol_name(number: u8) -> &'static str {
 fn side(peer: &Peer, port: bool) -> String {
     let address = SocketAddr::new(peer.address.ip().to_canonical(), peer.address.port());
     let named = match (&peer.owner, &peer.pod) {
+        // A node is of no namespace.
+        (_, Some(pod)) if pod.namespace.is_empty() => Some(format!("node/{}", pod.name)),
         (Some(owner), Some(pod)) if !owner.name.is_empty() => {
             Some(format!("{}/{}", pod.namespace, owner.name))
         }

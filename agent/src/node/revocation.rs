@@ -1,7 +1,10 @@
 //! Which of what passes beside the proxy must end.
 
+use std::net::IpAddr;
+
 use weft_core::{
     MeshState, Service, Workload,
+    config::BeforeEnrolment,
     policy::eval::{Access, Caller, Outcome, UDP, judge},
     service::Endpoint,
     workload::Mode,
@@ -12,8 +15,10 @@ use crate::datapath::KernelConnection;
 /// TCP's protocol number.
 const TCP: u8 = 6;
 
-/// Whether something that passes beside the proxy must end: policy refuses it, wants to see its requests, or the
-/// two Pods may no longer use the shortcut. What leads out of the mesh never must.
+/// Whether something that passes beside the proxy must end: policy refuses it, wants to see its requests, the two
+/// Pods may no longer use the shortcut, or it is plaintext that strict mode would have put into a tunnel. What leads
+/// out of the mesh never must. Of connections from before the enrolment none must where the mesh keeps those, and in
+/// permissive mode only what policy refuses.
 pub fn denied(state: &MeshState, connection: &KernelConnection<'_>) -> bool {
     let client = connection.client.ip().to_canonical();
     let server = connection.server.ip().to_canonical();
@@ -22,7 +27,14 @@ pub fn denied(state: &MeshState, connection: &KernelConnection<'_>) -> bool {
         Some(pod) => state.workload(pod),
         None => state.workload_at(server),
     };
+    let keeps = || state.config().is_some_and(|c| c.before_enrolment == BeforeEnrolment::Keep);
+    if connection.earlier && keeps() {
+        return false;
+    }
     let Some(destination) = destination else {
+        if connection.protocol == TCP {
+            return source.is_some_and(|source| plaintext_abroad(state, source, server));
+        }
         let service = state.service_at(server).filter(|_| connection.pod.is_none());
         return source
             .zip(service)
@@ -31,10 +43,21 @@ pub fn denied(state: &MeshState, connection: &KernelConnection<'_>) -> bool {
     if !destination.mode.enrolled() {
         return false;
     }
+    let strict = destination.mode == Mode::Strict || source.is_some_and(|w| w.mode == Mode::Strict);
+    if connection.protocol == TCP
+        && connection.pod.is_none()
+        && let Some(source) = source
+    {
+        // What is called on this node is looked at where it arrives.
+        return source.mode == Mode::Strict && source.node != destination.node;
+    }
     let caller = source.map_or(Caller::Unauthenticated(client), |w| Caller::Authenticated(&w.identity));
     let access =
         Access { caller, destination, port: connection.server.port(), protocol: connection.protocol };
     let decision = judge(state, &access);
+    if connection.earlier && !strict {
+        return decision.outcome == Outcome::Deny;
+    }
     if decision.outcome != Outcome::Allow {
         return true;
     }
@@ -42,8 +65,15 @@ pub fn denied(state: &MeshState, connection: &KernelConnection<'_>) -> bool {
     if connection.protocol == TCP {
         return !state.shortcut(source, destination);
     }
-    let strict = source.mode == Mode::Strict || destination.mode == Mode::Strict;
     source.node != destination.node && strict && !decision.plaintext
+}
+
+/// Whether what a strict Pod has open with an address that is no Pod's may lead into the mesh: a Service with a Pod of
+/// another node behind it, or an address that nobody has described.
+fn plaintext_abroad(state: &MeshState, source: &Workload, server: IpAddr) -> bool {
+    let behind = |s: &Service| s.endpoints.iter().any(|e| elsewhere(state, source, e).is_some());
+    source.mode == Mode::Strict
+        && state.service_at(server).map_or_else(|| state.in_ranges(server), |s| behind(s))
 }
 
 /// Whether a Service's address must not be spoken to, as the kernel's rows say it: where one side is strict, each

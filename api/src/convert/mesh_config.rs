@@ -6,7 +6,9 @@ use weft_core::{TrustDomain, config, policy::Cidr};
 
 use crate::{
     error::{ObjectError, Problems},
-    mesh_config::{AccessLog, ConnectionsBeforeEnrolment, IssuerType, MeshConfig, MeshConfigSpec, SameNode, UnknownPods},
+    mesh_config::{
+        AccessLog, ConnectionsBeforeEnrolment, IssuerType, MeshConfig, MeshConfigSpec, SameNode, UnknownPods,
+    },
 };
 
 /// The settings where nobody wrote any.
@@ -49,12 +51,6 @@ pub fn convert(object: &MeshConfig) -> Result<config::MeshConfig, ObjectError> {
             format_args!("{:?} is no absolute path; write one such as /run/spire/admin.sock", spire.socket_path),
         ),
         _ => {}
-    }
-    if spec.issuer.embedded.secret_ref.is_some() {
-        problems.push(
-            "spec.issuer.embedded.secretRef",
-            "a CA of your own is not supported by this version yet; take it away",
-        );
     }
     let capacity = spec.telemetry.flows.capacity;
     if !capacity.is_power_of_two() || !(256..=1_048_576).contains(&capacity) {

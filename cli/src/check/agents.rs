@@ -1,6 +1,9 @@
 //! The agents: their rollout, and what they say of themselves.
 
-use std::{collections::BTreeMap, time::SystemTime};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::SystemTime,
+};
 
 use k8s_openapi::api::core::v1::{ContainerStatus, Pod};
 use weft_proto::weft_relay::NodeStatus;
@@ -9,7 +12,7 @@ use super::{
     Finding,
     facts::{Facts, Server},
     names,
-    system::{SKEW_WARNING, clock},
+    system::{SKEW_WARNING, clock, supported},
 };
 use crate::{
     cluster::SYSTEM,
@@ -17,9 +20,16 @@ use crate::{
     when,
 };
 
+mod mtu;
+
 const SECTION: &str = "Agents";
 /// Longest reason that is shown, in characters.
 const MAX_REASON: usize = 160;
+
+/// Whether an agent speaks of a program, or of what it looks at beside them. A program that is detached has no number.
+pub(crate) fn is_program(name: &str, id: u32) -> bool {
+    id != 0 || name.starts_with("weft_")
+}
 
 fn look() -> String {
     format!("kubectl -n {SYSTEM} logs -l app.kubernetes.io/name=weft-agent --prefix; weft status")
@@ -39,7 +49,7 @@ pub(super) fn rollout(facts: &Facts) -> Vec<Finding> {
     let updated = status.updated_number_scheduled.unwrap_or(0);
     let said = format!("{ready} of {wanted} ready");
     let pods = facts.pods.as_deref().unwrap_or_default();
-    if wanted == 0 {
+    if wanted == 0 && facts.nodes.as_ref().map_or(true, Vec::is_empty) {
         let message = "no node is chosen for an agent";
         return vec![Finding::error(
             SECTION,
@@ -53,15 +63,43 @@ pub(super) fn rollout(facts: &Facts) -> Vec<Finding> {
             format!("kubectl -n {SYSTEM} describe pods -l app.kubernetes.io/name=weft-agent; {}", look());
         return vec![Finding::error(SECTION, said, remedy).with(why)];
     }
+    let mut findings = uncovered(facts);
+    let why = troubles(pods, "weft-agent", &facts.missing);
     if updated < wanted {
-        let remedy = format!("wait for it: kubectl -n {SYSTEM} rollout status daemonset/weft-agent");
-        return vec![Finding::warning(
-            SECTION,
-            format!("{said}, {updated} of {wanted} of the newest version"),
-            remedy,
-        )];
+        let remedy = match why.is_empty() {
+            true => format!("wait for it: kubectl -n {SYSTEM} rollout status daemonset/weft-agent"),
+            false => format!(
+                "the earlier agents go on meanwhile; correct what is said above, or go back: kubectl -n {SYSTEM} rollout undo daemonset/weft-agent"
+            ),
+        };
+        let message = format!("{said}, {updated} of {wanted} of the newest version");
+        findings.push(Finding::warning(SECTION, message, remedy).with(why));
+    } else if findings.is_empty() {
+        findings.push(Finding::ok(SECTION, said));
     }
-    vec![Finding::ok(SECTION, said)]
+    findings
+}
+
+/// Nodes that could have an agent and have none.
+fn uncovered(facts: &Facts) -> Vec<Finding> {
+    let (Ok(nodes), Ok(pods)) = (&facts.nodes, &facts.pods) else { return Vec::new() };
+    let ours =
+        pods.iter().filter(|p| p.metadata.namespace.as_deref() == Some(SYSTEM) && labelled(p, "weft-agent"));
+    let covered: BTreeSet<_> = ours.filter_map(|p| p.spec.as_ref()?.node_name.as_deref()).collect();
+    let bare: Vec<_> = nodes
+        .iter()
+        .filter(|node| supported(node))
+        .filter_map(|node| node.metadata.name.clone())
+        .filter(|name| !covered.contains(name.as_str()))
+        .collect();
+    if bare.is_empty() {
+        return Vec::new();
+    }
+    let message = format!("no agent on {}: Pods of the mesh that start there are not captured", names(&bare));
+    let remedy = format!(
+        "take the DaemonSet's node selector or affinity away (kubectl -n {SYSTEM} edit daemonset weft-agent), or see why it is not there: kubectl -n {SYSTEM} describe daemonset weft-agent"
+    );
+    vec![Finding::error(SECTION, message, remedy)]
 }
 
 /// Why Pods of Weft are not ready, one line each.
@@ -78,7 +116,7 @@ pub(super) fn troubles(pods: &[Pod], name: &str, missing: &BTreeMap<String, Stri
         }
         format!("{node} ({own}): {why}")
     };
-    ours.filter(|p| !is_ready(p)).map(trouble).collect()
+    ours.filter(|p| !is_ready(p) && p.metadata.deletion_timestamp.is_none()).map(trouble).collect()
 }
 
 /// What the kubelet or the scheduler says of a Pod.
@@ -128,9 +166,8 @@ pub(super) fn states(facts: &Facts, server: &Server, now: SystemTime) -> Vec<Fin
         if !agent.not_ready.is_empty() {
             reasons.push(format!("{node}: waits for {}", agent.not_ready.join(", ")));
         }
-        // Without a number it is no program but what the agent looks at beside them.
         let (bad, beside): (Vec<_>, Vec<_>) =
-            agent.programs.iter().filter(|p| !p.healthy).partition(|p| p.id != 0);
+            agent.programs.iter().filter(|p| !p.healthy).partition(|p| is_program(&p.name, p.id));
         besides.extend(beside.iter().map(|p| format!("{node}: {}", p.problem)));
         let bad = bad.iter();
         programs.extend(bad.map(|p| format!("{node}: {} at {}: {}", p.name, p.attached_to, p.problem)));
@@ -206,7 +243,7 @@ pub(super) fn states(facts: &Facts, server: &Server, now: SystemTime) -> Vec<Fin
         findings.push(Finding::warning(SECTION, "agents of several versions", remedy).with(all));
     }
     findings.extend(clocks(&states.nodes, server, now));
-    findings.extend(mtu(&states.nodes));
+    findings.extend(mtu::all(facts, &states.nodes));
     findings
 }
 
@@ -227,19 +264,4 @@ fn clocks(nodes: &BTreeMap<String, (String, NodeStatus)>, server: &Server, now: 
         findings.push(Finding::ok(SECTION, "the clocks of all nodes agree"));
     }
     findings
-}
-
-fn mtu(nodes: &BTreeMap<String, (String, NodeStatus)>) -> Vec<Finding> {
-    let mut by_mtu: BTreeMap<u32, Vec<String>> = BTreeMap::new();
-    for (node, (_, status)) in nodes {
-        if status.mtu > 0 {
-            by_mtu.entry(status.mtu).or_default().push(node.clone());
-        }
-    }
-    if by_mtu.len() > 1 {
-        let all = by_mtu.iter().map(|(mtu, nodes)| format!("{mtu}: {}", names(nodes))).collect();
-        let remedy = "give the nodes' interfaces one MTU: large packets between them may get lost otherwise";
-        return vec![Finding::warning(SECTION, "the nodes' MTUs differ", remedy).with(all)];
-    }
-    by_mtu.keys().map(|mtu| Finding::ok(SECTION, format!("MTU {mtu} on all nodes"))).collect()
 }

@@ -1,6 +1,9 @@
 //! What the cluster says of itself.
 
-use std::{collections::BTreeMap, time::SystemTime};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::SystemTime,
+};
 
 use futures_util::{StreamExt as _, future::join_all};
 use http::{Request, header::DATE};
@@ -30,6 +33,8 @@ use crate::{
     mesh::{Mesh, States, is_ready, labelled},
 };
 
+/// Where the operator writes when roots go.
+const RETIRE_AT: &str = "weft.mesh/retire-at";
 /// Objects of one page.
 const PAGE: u32 = 500;
 /// Most flows that are looked at.
@@ -62,6 +67,8 @@ pub(super) struct Facts {
     pub(super) operator: Got<Option<Deployment>>,
     pub(super) agents: Got<Option<DaemonSet>>,
     pub(super) bundle: Got<Option<String>>,
+    /// Its roots that sign no more, by the SHA-256 of their certificates in hex.
+    pub(super) retiring: BTreeSet<String>,
     pub(super) nodes: Got<Vec<Node>>,
     pub(super) leases: Got<Vec<Lease>>,
     pub(super) namespaces: Got<Vec<Namespace>>,
@@ -83,6 +90,7 @@ impl Default for Facts {
             operator: Ok(None),
             agents: Ok(None),
             bundle: Ok(None),
+            retiring: BTreeSet::new(),
             nodes: Ok(Vec::new()),
             leases: Ok(Vec::new()),
             namespaces: Ok(Vec::new()),
@@ -146,6 +154,9 @@ impl Facts {
             Ok(pods) => missing(cluster, pods).await,
             Err(_) => BTreeMap::new(),
         };
+        let retiring = bundle.iter().flatten().find_map(|m| m.metadata.annotations.as_ref()?.get(RETIRE_AT));
+        let retiring = retiring.and_then(|text| serde_json::from_str::<BTreeMap<String, u64>>(text).ok());
+        let retiring = retiring.unwrap_or_default().into_keys().collect();
         let bundle = bundle.map(|map| map.and_then(|m| m.data?.remove("bundle.pem")));
         let (states, flows) = seen;
         Self {
@@ -153,6 +164,7 @@ impl Facts {
             operator,
             agents,
             bundle,
+            retiring,
             nodes,
             leases,
             namespaces,
@@ -237,7 +249,11 @@ async fn objects(cluster: &Cluster, kinds: &BTreeMap<String, CustomResourceDefin
 /// What agents that are not ready say at /readyz, through the API server.
 async fn missing(cluster: &Cluster, pods: &[Pod]) -> BTreeMap<String, String> {
     let waiting = pods.iter().filter(|p| {
-        p.metadata.namespace.as_deref() == Some(SYSTEM) && labelled(p, "weft-agent") && !is_ready(p)
+        p.metadata.namespace.as_deref() == Some(SYSTEM)
+            && labelled(p, "weft-agent")
+            && !is_ready(p)
+            // At the address of one that does not run, its predecessor on the node answers.
+            && runs(p)
     });
     let asked = waiting.filter_map(|p| p.metadata.name.clone()).take(MAX_ASKED).map(|name| async move {
         let path = format!("/api/v1/namespaces/{SYSTEM}/pods/{name}:15020/proxy/readyz");
@@ -247,9 +263,15 @@ async fn missing(cluster: &Cluster, pods: &[Pod]) -> BTreeMap<String, String> {
         let own = matches!(response.status().as_u16(), 200 | 503);
         let text = response.into_body().collect_bytes().await.ok()?;
         let text: String = String::from_utf8_lossy(&text).trim().chars().take(MAX_REASON).collect();
-        (own && !text.is_empty() && !text.starts_with('{')).then_some((name, text))
+        (own && !matches!(&*text, "" | "ready") && !text.starts_with('{')).then_some((name, text))
     });
     join_all(asked).await.into_iter().flatten().collect()
+}
+
+/// Whether a container of the Pod has been started and has not ended.
+fn runs(pod: &Pod) -> bool {
+    let containers = pod.status.iter().flat_map(|s| s.container_statuses.iter().flatten());
+    containers.filter_map(|c| c.state.as_ref()).any(|s| s.running.is_some())
 }
 
 /// What the agents say, and the flows to a namespace.

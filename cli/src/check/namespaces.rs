@@ -56,6 +56,7 @@ pub(super) fn all(facts: &Facts, only: Option<&str>) -> Vec<Finding> {
         findings.push(Finding { remedy, ..Finding::info(SECTION, "no namespace is in the mesh yet") });
         return findings;
     }
+    findings.extend(own_labels(facts, &meshed));
     findings.extend(enrolment(facts, &meshed));
     findings.extend(blocked(facts, &meshed));
     findings
@@ -95,6 +96,31 @@ fn labels(facts: &Facts, meshed: &BTreeMap<String, String>) -> Vec<Finding> {
         findings.insert(0, Finding::ok(SECTION, modes.join("; ")));
     }
     findings
+}
+
+/// Pods whose own label does nothing, or means nothing.
+fn own_labels(facts: &Facts, meshed: &BTreeMap<String, String>) -> Option<Finding> {
+    let rank = |mode: &str| ["disabled", "permissive", "strict"].iter().position(|m| *m == mode);
+    let ignored: Vec<_> = candidates(facts, meshed)
+        .filter_map(|pod| {
+            let own = pod.metadata.labels.as_ref()?.get(MODE)?;
+            let mode = meshed.get(pod.metadata.namespace.as_deref()?)?;
+            let why = match (rank(own), rank(mode)) {
+                (None, _) => format!("{MODE}={own} means nothing"),
+                (Some(own_rank), Some(rank)) if own_rank < rank => {
+                    format!("{MODE}={own} would loosen the namespace's {mode}")
+                }
+                _ => return None,
+            };
+            let meta = &pod.metadata;
+            Some(format!("{}/{}: {why}", meta.namespace.as_deref()?, meta.name.as_deref()?))
+        })
+        .collect();
+    let message = "labels of Pods are ignored: a Pod may only tighten its namespace's mode";
+    let remedy = format!(
+        "take the label out of the Pod's template (kubectl label pod NAME {MODE}- for a Pod without one), or change the namespace's mode"
+    );
+    (!ignored.is_empty()).then(|| Finding::warning(SECTION, message, remedy).with(ignored))
 }
 
 /// Running Pods of the mesh: those that must be captured.

@@ -5,14 +5,15 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use k8s_openapi::api::core::v1::Node;
+use k8s_openapi::api::core::v1::{Node, PodTemplateSpec};
 use rustls_pki_types::{CertificateDer, pem::PemObject as _};
+use sha2::{Digest as _, Sha256};
 use x509_parser::parse_x509_certificate;
 
 use super::{
     Finding,
     facts::{Facts, OWN_KINDS, ROUTES, Server},
-    names,
+    names, schema,
 };
 use crate::{cluster::SYSTEM, when};
 
@@ -102,7 +103,7 @@ pub(super) fn kinds(facts: &Facts) -> Vec<Finding> {
         Err(why) => return vec![Finding::unseen(INSTALLATION, "kinds (CRDs)", why)],
         Ok(kinds) => kinds,
     };
-    let (mut missing, mut wrong) = (Vec::new(), Vec::new());
+    let (mut missing, mut wrong, mut old) = (Vec::new(), Vec::new(), Vec::new());
     for plural in OWN_KINDS {
         let name = format!("{plural}.weft.mesh");
         let Some(kind) = kinds.get(&name) else {
@@ -119,9 +120,13 @@ pub(super) fn kinds(facts: &Facts) -> Vec<Finding> {
         } else if !established {
             wrong.push(format!("{name} is not established; `kubectl describe crd {name}` says why"));
         }
+        let lacking = schema::lacking(kind);
+        if !lacking.is_empty() {
+            old.push(format!("{name} does not know {}", names(&lacking)));
+        }
     }
     let mut findings = Vec::new();
-    if missing.is_empty() && wrong.is_empty() {
+    if missing.is_empty() && wrong.is_empty() && old.is_empty() {
         findings.push(Finding::ok(INSTALLATION, format!("{} kinds of weft.mesh/{VERSION}", OWN_KINDS.len())));
     }
     let remedy = "weft install | kubectl apply -f -";
@@ -133,8 +138,37 @@ pub(super) fn kinds(facts: &Facts) -> Vec<Finding> {
         let message = "kinds (CRDs) do not fit this version of Weft";
         findings.push(Finding::error(INSTALLATION, message, remedy).with(wrong));
     }
+    if !old.is_empty() {
+        let message =
+            "kinds (CRDs) are of an older version: the API server refuses fields that this version has";
+        let remedy = "weft upgrade | kubectl apply -f -";
+        findings.push(Finding::error(INSTALLATION, message, remedy).with(old));
+    }
     findings.push(gateway(kinds.contains_key(ROUTES)));
     findings
+}
+
+/// Whether operator and agents are of one version, by their images.
+pub(super) fn skew(facts: &Facts) -> Vec<Finding> {
+    let (Ok(Some(operator)), Ok(Some(agents))) = (&facts.operator, &facts.agents) else { return Vec::new() };
+    let operator = operator.spec.as_ref().and_then(|s| tag(&s.template));
+    let agents = agents.spec.as_ref().and_then(|s| tag(&s.template));
+    match (operator, agents) {
+        (Some(operator), Some(agents)) if operator != agents => {
+            let message = format!("the operator's image is {operator}, the agents' is {agents}");
+            let remedy = "give both one version: weft upgrade | kubectl apply -f -";
+            vec![Finding::warning(INSTALLATION, message, remedy)]
+        }
+        (Some(operator), Some(_)) => vec![Finding::ok(INSTALLATION, format!("images: {operator}"))],
+        _ => Vec::new(),
+    }
+}
+
+/// The tag or digest of a template's first image.
+fn tag(template: &PodTemplateSpec) -> Option<String> {
+    let image = template.spec.as_ref()?.containers.first()?.image.as_deref()?;
+    let last = image.rsplit('/').next().unwrap_or(image);
+    Some(last.split_once([':', '@']).map_or("latest", |(_, tag)| tag).to_owned())
 }
 
 pub(super) fn operator(facts: &Facts) -> Vec<Finding> {
@@ -156,6 +190,12 @@ pub(super) fn operator(facts: &Facts) -> Vec<Finding> {
         "kubectl -n {SYSTEM} describe pods -l app.kubernetes.io/name=weft-operator; kubectl -n {SYSTEM} logs deployment/weft-operator"
     );
     vec![match available {
+        _ if wanted <= 0 => {
+            let message =
+                "the operator is scaled to 0: no agent learns of changes, no certificate is renewed";
+            let remedy = format!("kubectl -n {SYSTEM} scale deployment/weft-operator --replicas=2");
+            Finding::error(INSTALLATION, message, remedy)
+        }
         0 => {
             let message = format!("{said}: no agent learns of changes, no certificate is renewed");
             Finding::error(INSTALLATION, message, look).with(why)
@@ -179,21 +219,25 @@ pub(super) fn trust(facts: &Facts, now: SystemTime) -> Vec<Finding> {
         }
         Ok(Some(pem)) => pem,
     };
-    let ends: Vec<SystemTime> = CertificateDer::pem_slice_iter(pem.as_bytes())
+    // Until when each is good, and whether it may still sign.
+    let roots: Vec<(SystemTime, bool)> = CertificateDer::pem_slice_iter(pem.as_bytes())
         .filter_map(Result::ok)
         .filter_map(|der| {
             let seconds = parse_x509_certificate(&der).ok()?.1.validity().not_after.timestamp();
-            Some(SystemTime::UNIX_EPOCH + Duration::from_secs(u64::try_from(seconds).ok()?))
+            let end = SystemTime::UNIX_EPOCH + Duration::from_secs(u64::try_from(seconds).ok()?);
+            let name: String = Sha256::digest(&der).iter().map(|b| format!("{b:02x}")).collect();
+            Some((end, !facts.retiring.contains(&name)))
         })
         .collect();
     let renew = "put a new CA into the Secret weft-ca (docs/operations.md); the operator takes it into use with overlap";
-    let Some(last) = ends.iter().max() else {
+    let signing = roots.iter().filter(|(_, signs)| *signs).map(|(end, _)| end).min();
+    let Some(last) = signing.or_else(|| roots.iter().map(|(end, _)| end).max()) else {
         let remedy = format!(
             "delete it, the operator writes it anew: kubectl -n {SYSTEM} delete configmap weft-trust-bundle"
         );
         return vec![Finding::error(section, "the trust bundle holds no certificate", remedy)];
     };
-    let roots = if ends.len() == 1 { "1 root".to_owned() } else { format!("{} roots", ends.len()) };
+    let roots = if roots.len() == 1 { "1 root".to_owned() } else { format!("{} roots", roots.len()) };
     vec![match last.duration_since(now) {
         Err(past) => {
             let message =
@@ -217,7 +261,7 @@ pub(super) fn nodes(facts: &Facts, server: &Server) -> Vec<Finding> {
         let name = node.metadata.name.clone().unwrap_or_default();
         let info = node.status.as_ref().and_then(|s| s.node_info.clone()).unwrap_or_default();
         *kernels.entry(info.kernel_version.clone()).or_insert(0_usize) += 1;
-        if info.operating_system != "linux" || !["amd64", "arm64"].contains(&info.architecture.as_str()) {
+        if !supported(node) {
             foreign.push(format!("{name}: {} on {}", info.operating_system, info.architecture));
         } else if kernel(&info.kernel_version).is_none_or(|k| k < OLDEST_KERNEL) {
             old.push(format!("{name}: Linux {}", info.kernel_version));
@@ -254,6 +298,14 @@ pub(super) fn nodes(facts: &Facts, server: &Server) -> Vec<Finding> {
     findings
 }
 
+/// Whether there are agents for a node of this kind.
+pub(super) fn supported(node: &Node) -> bool {
+    let info = node.status.as_ref().and_then(|s| s.node_info.as_ref());
+    info.is_some_and(|i| {
+        i.operating_system == "linux" && ["amd64", "arm64"].contains(&i.architecture.as_str())
+    })
+}
+
 /// What the kubelets' leases tell of the nodes' clocks. Agents tell it more exactly; this works without them.
 fn leases(facts: &Facts, server: &Server) -> Vec<Finding> {
     let (Ok(nodes), Ok(leases), Some(ahead)) = (&facts.nodes, &facts.leases, server.ahead) else {
@@ -282,7 +334,7 @@ fn leases(facts: &Facts, server: &Server) -> Vec<Finding> {
     findings
 }
 
-fn ready(node: &Node) -> bool {
+pub(crate) fn ready(node: &Node) -> bool {
     let conditions = node.status.as_ref().and_then(|s| s.conditions.as_ref());
     conditions.is_some_and(|all| all.iter().any(|c| c.type_ == "Ready" && c.status == "True"))
 }

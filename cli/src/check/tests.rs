@@ -20,10 +20,11 @@ fn state(node: &str, change: impl FnOnce(&mut NodeStatus)) -> (String, (String, 
         node: node.into(),
         agent_version: "0.1.0".into(),
         programs: vec![wire::Program { id: 7, name: "connect4".into(), healthy: true, ..Default::default() }],
-        svids: vec![wire::Svid { identity: "a".into(), not_after: stamp(1_003_600), problem: String::new() }],
+        svids: vec![wire::Svid { identity: "a".into(), not_after: stamp(1_003_600), ..Default::default() }],
         ..Default::default()
     };
-    let mut status = NodeStatus { agent: Some(agent), clock: stamp(1_000_000), mtu: 1500 };
+    let mut status =
+        NodeStatus { agent: Some(agent), clock: stamp(1_000_000), mtu: 1500, ..Default::default() };
     change(&mut status);
     (node.into(), ("weft-operator-x".into(), status))
 }
@@ -176,18 +177,22 @@ fn kinds_and_operator() {
         ))),
         ..Facts::default()
     };
+    let mut scaled = deployment(0);
+    scaled.operator.as_mut().unwrap().as_mut().unwrap().spec.as_mut().unwrap().replicas = Some(0);
+    assert!(only(&system::operator(&scaled), "scaled to 0").remedy.contains("--replicas=2"));
     let level = |available| system::operator(&deployment(available))[0].level;
     assert_eq!([level(0), level(1), level(2)], [Level::Error, Level::Warning, Level::Ok]);
 }
 
-#[test]
-fn nodes_with_old_kernels() {
-    let node = |name: &str, kernel: &str| {
-        of(json!({"metadata": {"name": name}, "status": {"conditions": [{"type": "Ready", "status": "True"}],
+fn node(name: &str, kernel: &str) -> k8s_openapi::api::core::v1::Node {
+    of(json!({"metadata": {"name": name}, "status": {"conditions": [{"type": "Ready", "status": "True"}],
             "nodeInfo": {"architecture": "amd64", "bootID": "", "containerRuntimeVersion": "", "kernelVersion": kernel,
                 "kubeProxyVersion": "", "kubeletVersion": "", "machineID": "", "operatingSystem": "linux", "osImage": "",
                 "systemUUID": ""}}}))
-    };
+}
+
+#[test]
+fn nodes_with_old_kernels() {
     let mut facts =
         Facts { nodes: Ok(vec![node("a", "6.8.0-45-generic"), node("b", "5.15.0")]), ..Facts::default() };
     let server = Server::default();
@@ -195,6 +200,54 @@ fn nodes_with_old_kernels() {
     facts.nodes.as_mut().unwrap().push(node("c", "5.4.0-1"));
     let findings = system::nodes(&facts, &server);
     assert_eq!(only(&findings, "1 of 3 nodes").details, ["c: Linux 5.4.0-1"]);
+}
+
+#[test]
+fn nodes_without_an_agent_and_versions_that_differ() {
+    let set = |image: &str| {
+        Ok(Some(of(
+            json!({"metadata": {}, "spec": {"selector": {}, "template": {"spec": {"containers": [{"name": "a", "image": image}]}}},
+            "status": {"numberReady": 1, "desiredNumberScheduled": 1, "currentNumberScheduled": 1, "numberMisscheduled": 0,
+                "updatedNumberScheduled": 1}}),
+        )))
+    };
+    let operator: k8s_openapi::api::apps::v1::Deployment =
+        of(json!({"metadata": {}, "spec": {"selector": {},
+        "template": {"spec": {"containers": [{"name": "o", "image": "r:5000/weft-operator:v0.1.0"}]}}}}));
+    let mut agent = pod("weft-system", "weft-agent-x");
+    agent.metadata.labels = Some([("app.kubernetes.io/name".to_owned(), "weft-agent".to_owned())].into());
+    agent.status = Some(of(json!({"conditions": [{"type": "Ready", "status": "True"}]})));
+    let mut facts = Facts {
+        nodes: Ok(vec![node("node-a", "6.8.0"), node("node-b", "6.8.0")]),
+        pods: Ok(vec![agent]),
+        agents: set("r:5000/weft-agent:v0.2.0"),
+        operator: Ok(Some(operator)),
+        ..Facts::default()
+    };
+    assert_eq!(only(&agents::rollout(&facts), "no agent on node-b").level, Level::Error);
+    assert_eq!(
+        only(&system::skew(&facts), "the operator's image is v0.1.0, the agents' is v0.2.0").level,
+        Level::Warning
+    );
+    facts.agents = set("r:5000/weft-agent:v0.1.0");
+    facts.nodes.as_mut().unwrap().pop();
+    assert!(agents::rollout(&facts).iter().chain(&system::skew(&facts)).all(|f| f.level == Level::Ok));
+}
+
+#[test]
+fn labels_of_pods_that_do_nothing() {
+    let mut facts = shop();
+    let labelled = |mode: &str| {
+        let mut pod = pod("shop", mode);
+        pod.metadata.labels.as_mut().unwrap().insert("weft.mesh/mode".into(), mode.into());
+        pod
+    };
+    facts.pods =
+        Ok(vec![labelled("disabled"), labelled("strict"), labelled("permissive"), labelled("stirct")]);
+    let findings = namespaces::all(&facts, None);
+    let found = only(&findings, "labels of Pods are ignored");
+    assert_eq!(found.details.len(), 2, "{found:#?}");
+    assert!(found.details[0].contains("would loosen") && found.details[1].contains("means nothing"));
 }
 
 #[test]
@@ -317,6 +370,19 @@ fn callers_that_strict_would_break() {
     assert!(only(&findings, "web is captured: 1 connections with mTLS").message.contains("in plaintext"));
     assert_eq!(only(&findings, "vm is not captured").level, Level::Error);
     assert_eq!(only(&traffic::all(&facts, "shop", Some("gone")), "no Pod gone").level, Level::Error);
+    // The record of a connection whose requests were judged one by one is nobody's plaintext.
+    facts.flows.as_mut().unwrap().push(view(|v| {
+        v.reporter = "proxy-source".into();
+        v.service = "shop/web:80".into();
+        v.source.namespace = "shop".into();
+        v.source.pod = "web".into();
+        v.destination.pod.clear();
+    }));
+    let findings = traffic::all(&facts, "shop", None);
+    assert!(only(&findings, "web is captured: 1 connections with mTLS").message.contains(", 4 in plaintext"));
+    // A caller whose namespace has come into the mesh since is none any more.
+    facts.namespaces.as_mut().unwrap().push(namespace("legacy", &json!({"weft.mesh/mode": "permissive"})));
+    assert_eq!(only(&traffic::all(&facts, "shop", None), "strict would break none").level, Level::Ok);
     // Where nothing was seen, nothing is promised.
     facts.flows = Ok(Vec::new());
     assert_eq!(only(&traffic::all(&facts, "shop", None), "nothing is known of callers").level, Level::Info);
@@ -339,4 +405,11 @@ fn a_ca_that_ends_is_told() {
     assert_eq!(at(issued + 1).level, Level::Ok);
     assert_eq!(at(issued + 3640).level, Level::Warning);
     assert_eq!(at(issued + 3660).level, Level::Error);
+    // A root that signs no more may end, as long as another one does not.
+    let own = |retiring: &[&str]| Facts {
+        bundle: Ok(Some(pem.into())),
+        retiring: retiring.iter().map(|name| (*name).to_owned()).collect(),
+        ..Facts::default()
+    };
+    assert_eq!(system::trust(&own(&["00"]), now())[0].level, Level::Ok);
 }

@@ -25,7 +25,7 @@ pub(super) fn all(facts: &Facts, namespace: &str, pod: Option<&str>) -> Vec<Find
         Ok(flows) => flows,
     };
     let mut findings = probes(facts, flows, namespace, pod);
-    findings.push(callers(flows, namespace, mode, SystemTime::now()));
+    findings.push(callers(flows, namespace, &meshed, mode, SystemTime::now()));
     findings
 }
 
@@ -67,6 +67,8 @@ fn probes(facts: &Facts, flows: &[View], namespace: &str, only: Option<&str>) ->
                 "local" => local += 1,
                 // The kernel's word about a connection that it handed to the proxy, which has its own record.
                 _ if view.verdict == "REDIRECTED" => {}
+                // A connection whose requests each went their own way.
+                _ if view.to_service() => {}
                 _ => plain += 1,
             }
         }
@@ -116,7 +118,13 @@ fn first<'a>(connections: &mut HashSet<(&'a str, u64)>, view: &'a View) -> bool 
 }
 
 /// Who calls in plaintext.
-fn callers(flows: &[View], namespace: &str, mode: &str, now: SystemTime) -> Finding {
+fn callers(
+    flows: &[View],
+    namespace: &str,
+    meshed: &BTreeMap<String, String>,
+    mode: &str,
+    now: SystemTime,
+) -> Finding {
     let mut callers: BTreeMap<String, (usize, SystemTime)> = BTreeMap::new();
     let (mut seen, mut connections) = (0_usize, HashSet::new());
     for view in flows.iter().filter(|v| v.destination.namespace == namespace && inbound(v)) {
@@ -130,7 +138,9 @@ fn callers(flows: &[View], namespace: &str, mode: &str, now: SystemTime) -> Find
             continue;
         }
         seen += 1;
-        if !plain || (mode == "strict") == through(view) {
+        // Who came into the mesh since calls with mTLS now.
+        let joined = meshed.contains_key(&view.source.namespace);
+        if !plain || joined || (mode == "strict") == through(view) {
             continue;
         }
         let to = &view.destination;

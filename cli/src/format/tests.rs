@@ -139,3 +139,19 @@ fn what_broke_before_a_request_has_none() {
     }
     assert!(View::of(&message).compact(false).contains(" HTTP/2 no request 3.21ms "));
 }
+
+#[test]
+fn connections_without_bytes_or_endpoint_read_well() {
+    let mut view = View::of(&message());
+    (view.http, view.sent_bytes, view.received_bytes, view.connection) = (None, 0, 0, 7);
+    (view.verdict, view.opening) = ("FORWARDED", false);
+    assert!(view.compact(false).contains(" tcp closed 3.21ms "), "{}", view.compact(false));
+    view.opening = true;
+    assert!(view.compact(false).contains(" tcp open "));
+    // A connection to a Service whose requests each go their own way.
+    view.destination = Side { address: "10.96.0.10".into(), port: 80, ..Side::default() };
+    (view.service, view.tls.mode) = ("shop/web:80".into(), "none");
+    let line = view.compact(false);
+    assert!(line.contains("-> shop/web:80 (service) FORWARDED") && !line.contains("plaintext"), "{line}");
+    assert_eq!(view.row()[2], "shop/web:80 (service)");
+}

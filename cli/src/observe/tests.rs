@@ -106,3 +106,10 @@ fn reporters_are_told_apart() {
     assert!(reported(&flow_item(), Some(ReporterArg::Destination)));
     assert!(!reported(&flow_item(), Some(ReporterArg::Source)));
 }
+
+#[test]
+fn a_bad_expression_is_told_on_one_line() {
+    let drawn = "bad flow filter: \"(\" is no regular expression: regex parse error:\n    (\n    ^\nerror: unclosed group";
+    assert_eq!(brief(drawn), "bad flow filter: \"(\" is no regular expression: unclosed group");
+    assert_eq!(brief("first cannot be used with follow"), "first cannot be used with follow");
+}

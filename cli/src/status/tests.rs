@@ -28,7 +28,7 @@ fn report() -> Report {
         svids: vec![wire::Svid {
             identity: "spiffe://cluster.local/ns/shop/sa/web".into(),
             not_after: stamp(1_003_600),
-            problem: String::new(),
+            ..Default::default()
         }],
         config: Some(wire::Config { version: "0000000a.3".into(), connected: true, ..Default::default() }),
         ..Default::default()
@@ -61,6 +61,33 @@ node-a ready, up 5m10s
 Nothing is wrong.
 ";
     assert_eq!(table(&report, &problems, false), expected);
+}
+
+#[test]
+fn what_is_no_program_is_not_counted_as_one() {
+    let mut report = report();
+    let beside = |name: &str, problem: &str| Program {
+        name: name.into(),
+        id: 0,
+        attached_to: "strict Pods".into(),
+        healthy: false,
+        repairs: 0,
+        problem: problem.into(),
+    };
+    report.agents[0]
+        .programs
+        .push(beside("kubelet-probes", "the kubelet is not recognised; give it a cgroup"));
+    report.agents[0].programs.push(beside("weft_sock_ops", "detached"));
+    let found = problems(&report);
+    assert_eq!(
+        found,
+        [
+            "node-a: the kubelet is not recognised; give it a cgroup",
+            "node-a: program weft_sock_ops at strict Pods: detached"
+        ]
+    );
+    let text = table(&report, &found, false);
+    assert!(text.contains("1 of 2 attached") && !text.contains("kubelet-probes"), "{text}");
 }
 
 #[test]

@@ -93,8 +93,8 @@ state = "/run/containerd"
   # Without CAP_SYS_RESOURCE no process can be made dearer to the kernel.
   restrict_oom_score_adj = true
 [plugins."io.containerd.cri.v1.runtime".cni]
-  bin_dirs = ["{cni}"]
-  conf_dir = "/opt/cni/net.d"
+  bin_dirs = ["/opt/cni/bin", "{cni}"]
+  conf_dir = "/etc/cni/net.d"
 [plugins."io.containerd.cri.v1.runtime".containerd]
   default_runtime_name = "runc"
 "#,

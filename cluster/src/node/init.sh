@@ -10,8 +10,11 @@ for pair in lib:/var/lib log:/var/log opt:/opt run:/run; do
   mkdir -p "$FOLDER/${pair%%:*}"
   mount --bind "$FOLDER/${pair%%:*}" "${pair#*:}"
 done
-mkdir -p /run/netns /run/containerd /run/node /opt/cni/net.d /opt/volume-plugins
-cp "$FOLDER/etc/cni.conflist" /opt/cni/net.d/10-weft.conflist
+# Its /etc is the machine's, with what the node itself writes there on top.
+mkdir -p "$FOLDER/etc-upper" "$FOLDER/etc-work"
+mount -t overlay -o "lowerdir=/etc,upperdir=$FOLDER/etc-upper,workdir=$FOLDER/etc-work" overlay /etc
+mkdir -p /run/netns /run/containerd /run/node /etc/cni/net.d /opt/cni/bin /opt/volume-plugins
+cp "$FOLDER/etc/cni.conflist" /etc/cni/net.d/10-pods.conflist
 
 # The kubelet sets some of the kernel's own settings, which belong to the machine: here it sets copies.
 for name in vm/overcommit_memory vm/panic_on_oom kernel/panic kernel/panic_on_oops kernel/keys/root_maxkeys \

@@ -86,6 +86,15 @@ pub fn ensure(say: &dyn Fn(&str)) -> Result<PathBuf> {
 /// # Errors
 /// When this is no Debian-like machine, or the mirror cannot be reached.
 pub fn tree(name: &str, suite: &str, packages: &[&str], say: &dyn Fn(&str)) -> Result<PathBuf> {
+    tree_of(name, &[suite], packages, say)
+}
+
+/// As [`tree`]; of several suites the last is preferred.
+///
+/// # Errors
+/// When this is no Debian-like machine, or the mirror cannot be reached.
+pub(super) fn tree_of(name: &str, suites: &[&str], packages: &[&str], say: &dyn Fn(&str)) -> Result<PathBuf> {
+    let suite = suites.last().copied().unwrap_or_default();
     let entry = cache::entry(
         &format!("tree-{suite}-{name}"),
         |folder| folder.join("root/usr").is_dir(),
@@ -93,7 +102,7 @@ pub fn tree(name: &str, suite: &str, packages: &[&str], say: &dyn Fn(&str)) -> R
             say(&format!("fetching {} with dependencies from Debian ({suite}, once)", packages.join(", ")));
             let root = folder.join("root");
             let packages = [packages, &["base-passwd"]].concat();
-            unpack(&[suite], &packages, true, &folder.join("apt"), &root)?;
+            unpack(suites, &packages, true, &folder.join("apt"), &root)?;
             base(&root)?;
             Ok(fs::remove_dir_all(folder.join("apt"))?)
         },
@@ -121,10 +130,15 @@ fn base(root: &Path) -> Result<()> {
 /// Fetches packages (`name` or `name/suite`), with what they depend on where `whole`, and unpacks them in `root`.
 fn unpack(suites: &[&str], packages: &[&str], whole: bool, work: &Path, root: &Path) -> Result<()> {
     let apt = Apt::new(work, suites)?;
-    sh::output(apt.command().args(["update", "-qq"]), None).context("read Debian's package lists")?;
+    apt.update()?;
+    apt.unpack(packages, whole, work, root)
+}
+
+fn extract(apt: &Apt, packages: &[&str], whole: bool, work: &Path, root: &Path) -> Result<()> {
     let debs = if whole {
         let mut install = apt.command();
         install.args(["install", "-qq", "--yes", "--download-only", "--no-install-recommends"]);
+        install.args(["--target-release", &apt.preferred]);
         sh::output(install.args(packages), None).context("fetch packages")?;
         work.join("cache/archives")
     } else {
@@ -193,12 +207,13 @@ fn wrap(root: &Path) -> Result<()> {
 }
 
 /// apt with lists, cache and state of its own.
-struct Apt {
+pub(super) struct Apt {
     options: Vec<String>,
+    preferred: String,
 }
 
 impl Apt {
-    fn new(work: &Path, suites: &[&str]) -> Result<Self> {
+    pub(super) fn new(work: &Path, suites: &[&str]) -> Result<Self> {
         if sh::which("apt-get").is_none() || !Path::new(KEYRING).is_file() {
             bail!(
                 "the cluster's parts are Debian packages: run it on Debian, or on Ubuntu with \
@@ -227,11 +242,34 @@ impl Apt {
             ("Acquire::Languages", "none".into()),
             ("Debug::NoLocking", "1".into()),
         ];
-        Ok(Self { options: options.map(|(key, value)| format!("{key}={value}")).into() })
+        Ok(Self {
+            options: options.map(|(key, value)| format!("{key}={value}")).into(),
+            preferred: suites.last().copied().unwrap_or_default().to_owned(),
+        })
+    }
+
+    /// Reads the lists of packages.
+    pub(super) fn update(&self) -> Result<()> {
+        let mut update = self.command();
+        sh::output(update.args(["update", "-qq"]), None).context("read Debian's package lists").map(drop)
+    }
+
+    /// Fetches packages as [`unpack`] does; the lists have been read.
+    pub(super) fn unpack(&self, packages: &[&str], whole: bool, work: &Path, root: &Path) -> Result<()> {
+        extract(self, packages, whole, work, root)
     }
 
     fn command(&self) -> Command {
-        let mut command = Command::new("apt-get");
+        self.program("apt-get")
+    }
+
+    /// apt-cache, for a question.
+    pub(super) fn cache(&self) -> Command {
+        self.program("apt-cache")
+    }
+
+    fn program(&self, name: &str) -> Command {
+        let mut command = Command::new(name);
         for option in &self.options {
             command.args(["-o", option]);
         }

@@ -94,6 +94,8 @@ pub fn compile(state: &MeshState, node: &str) -> KernelPolicy {
             local_subjects.insert(workload.subject);
         }
     }
+    // In the name of the node, Pods of its own network call.
+    let host = state.node(node).map(|w| (w.subject, w.as_ref()));
     let mut out = Compiler { state, rows: Vec::new(), policies: Vec::new(), indexes: BTreeMap::new() };
     for (&subject, destination) in subjects.iter().filter(|(_, w)| policed(w)) {
         let ports = interesting_ports(state, destination);
@@ -102,6 +104,9 @@ pub fn compile(state: &MeshState, node: &str) -> KernelPolicy {
             if local || local_subjects.contains(&source) {
                 out.pair(source, Caller::Authenticated(&workload.identity), destination, &ports);
             }
+        }
+        if let Some((source, workload)) = host {
+            out.pair(source, Caller::Authenticated(&workload.identity), destination, &ports);
         }
         if local {
             out.pair(SubjectId::WORLD, Caller::Elsewhere, destination, &ports);

@@ -172,12 +172,15 @@ impl Balanced {
             packet_ports: packet_ports.clone(),
             workload: Some(pod.uid.clone()),
             ready: pod.subject.0.is_multiple_of(2),
+            node: None,
         };
         let service = Service {
             name: NamespacedName::new("shop", "balanced"),
             addresses: VIPS.to_vec(),
             ports: Vec::new(),
             endpoints: self.pods.iter().map(endpoint).collect(),
+            fronts: Vec::new(),
+            node_local: false,
         };
         let pods = callers(self.callers).into_iter().chain(self.pods.iter().cloned()).collect();
         state_with(pods, self.policies.clone(), vec![service])

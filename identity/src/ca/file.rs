@@ -20,6 +20,8 @@ use super::CaError;
 
 /// Longest file read, in bytes.
 const MAX_FILE: u64 = 256 * 1024;
+/// Most certificates read.
+const MAX_CERTIFICATES: usize = 64;
 
 /// The file's text; `None` where there is no such file.
 pub(super) fn read(path: &Path) -> Result<Option<Zeroizing<String>>, CaError> {
@@ -55,10 +57,49 @@ pub(super) fn parse(pem: &str) -> Result<(KeyPair, Vec<CertificateDer<'static>>)
     let key = KeyPair::from_pkcs8_der_and_sign_algo(&der, &PKCS_ECDSA_P256_SHA256);
     der.zeroize();
     let key = key.map_err(|_| CaError::Pem("the key is not ECDSA P-256"))?;
-    let certificates = CertificateDer::pem_slice_iter(pem.as_bytes())
-        .collect::<Result<Vec<_>, _>>()
-        .map_err(|_| CaError::Pem("a certificate is malformed"))?;
-    Ok((key, certificates))
+    Ok((key, certificates(pem)?))
+}
+
+/// The certificates in a PEM.
+pub(super) fn certificates(pem: &str) -> Result<Vec<CertificateDer<'static>>, CaError> {
+    let found =
+        CertificateDer::pem_slice_iter(pem.as_bytes()).take(MAX_CERTIFICATES).collect::<Result<Vec<_>, _>>();
+    found.map_err(|_| CaError::Pem("a certificate is malformed"))
+}
+
+/// Whether it names itself as its issuer.
+pub(super) fn is_self_signed(certificate: &CertificateDer<'_>) -> Result<bool, CaError> {
+    let parsed = parsed(certificate)?;
+    Ok(parsed.subject() == parsed.issuer())
+}
+
+/// `signing` and the certificates of `others` above it, in order, as far as they go.
+pub(super) fn path(
+    signing: &CertificateDer<'static>,
+    others: Vec<CertificateDer<'static>>,
+) -> Result<Vec<CertificateDer<'static>>, CaError> {
+    let mut path = vec![signing.clone()];
+    let mut rest: Vec<_> = others.into_iter().filter(|other| other != signing).collect();
+    let mut last = signing.clone();
+    while let Some(at) = above(&last, &rest)? {
+        last = rest.swap_remove(at);
+        path.push(last.clone());
+    }
+    Ok(path)
+}
+
+/// Which of `others` bears the name of the issuer of `certificate`.
+fn above(
+    certificate: &CertificateDer<'_>,
+    others: &[CertificateDer<'static>],
+) -> Result<Option<usize>, CaError> {
+    let certificate = parsed(certificate)?;
+    for (at, other) in others.iter().enumerate() {
+        if parsed(other)?.subject() == certificate.issuer() {
+            return Ok(Some(at));
+        }
+    }
+    Ok(None)
 }
 
 /// The SubjectPublicKeyInfo of a certificate, DER.
@@ -66,23 +107,20 @@ pub(super) fn public_key(certificate: &CertificateDer<'_>) -> Result<Vec<u8>, Ca
     Ok(parsed(certificate)?.public_key().raw.to_vec())
 }
 
-/// Checks that the certificate may sign SVIDs of `domain`, and says until when.
-pub(super) fn check_root(
+/// Checks that the certificate may sign for `domain`, and says until when.
+pub(super) fn check_authority(
     certificate: &CertificateDer<'_>,
     domain: &TrustDomain,
 ) -> Result<SystemTime, CaError> {
-    let root = parsed(certificate)?;
-    let malformed = |_| CaError::Pem("the root's extensions are malformed");
-    if !root.basic_constraints().map_err(malformed)?.is_some_and(|constraints| constraints.value.ca) {
+    let authority = parsed(certificate)?;
+    let malformed = |_| CaError::Pem("its extensions are malformed");
+    if !authority.basic_constraints().map_err(malformed)?.is_some_and(|constraints| constraints.value.ca) {
         return Err(CaError::Pem("the certificate is not one of an authority (CA:TRUE)"));
     }
-    if !root.key_usage().map_err(malformed)?.is_none_or(|usage| usage.value.key_cert_sign()) {
+    if !authority.key_usage().map_err(malformed)?.is_none_or(|usage| usage.value.key_cert_sign()) {
         return Err(CaError::Pem("the certificate may not sign others (keyCertSign)"));
     }
-    if root.subject() != root.issuer() {
-        return Err(CaError::Pem("the certificate is not self-signed; bring a root, not an intermediate"));
-    }
-    if let Some(names) = root.subject_alternative_name().map_err(malformed)? {
+    if let Some(names) = authority.subject_alternative_name().map_err(malformed)? {
         let own = format!("spiffe://{domain}");
         for name in &names.value.general_names {
             if let GeneralName::URI(uri) = name
@@ -95,7 +133,7 @@ pub(super) fn check_root(
             }
         }
     }
-    let not_after = u64::try_from(root.validity().not_after.timestamp()).unwrap_or(0);
+    let not_after = u64::try_from(authority.validity().not_after.timestamp()).unwrap_or(0);
     let not_after = SystemTime::UNIX_EPOCH + Duration::from_secs(not_after);
     if not_after <= SystemTime::now() {
         return Err(CaError::Lifetime);

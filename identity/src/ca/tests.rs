@@ -207,6 +207,61 @@ fn a_second_root_is_trusted_but_does_not_sign() {
     assert_eq!(one.id(), &id("web"));
 }
 
+/// A root and an intermediate that it signed, with the intermediate's key: PEMs of key, intermediate and root.
+fn intermediate(path_length: u8) -> (String, String, String) {
+    let root = ca();
+    let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).unwrap();
+    let now = SystemTime::now();
+    let mut params = validity(now, now + 100 * HOUR).unwrap();
+    params.distinguished_name.push(DnType::CommonName, "issuing");
+    params.is_ca = IsCa::Ca(BasicConstraints::Constrained(path_length));
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+    params.use_authority_key_identifier_extension = true;
+    let mut above = CertificateParams::default();
+    above.distinguished_name = DistinguishedName::new();
+    above.distinguished_name.push(DnType::CommonName, "company");
+    above.is_ca = IsCa::Ca(BasicConstraints::Constrained(1));
+    above.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+    let root_pem = above.self_signed(root.signer.key()).unwrap().pem();
+    let signer = Signer::from_params(&above, root.signer.key());
+    let pem = params.signed_by(&key, &signer).unwrap().pem();
+    (key.serialize_pem(), pem, root_pem)
+}
+
+#[test]
+fn an_intermediate_signs_and_peers_trust_the_root() {
+    let (key, chain, root) = intermediate(0);
+    let wholes = [
+        EmbeddedCa::from_parts(&key, &chain, &root, domain()).unwrap(),
+        EmbeddedCa::from_parts(&key, &format!("{chain}{root}"), "", domain()).unwrap(),
+        EmbeddedCa::from_pem(&format!("{key}{root}{chain}"), domain()).unwrap(),
+    ];
+    for ca in wholes {
+        let signed = ca.sign(&id("web"), &request_for(&id("web")), HOUR).unwrap();
+        assert_eq!(signed.chain.len(), 2, "the intermediate travels with the leaf");
+        assert_eq!(signed.chain[1], *ca.certificate());
+        assert_eq!(signed.roots.len(), 1);
+        assert_ne!(signed.roots[0], *ca.certificate(), "the intermediate is trusted by itself");
+        assert!(ca.not_after() <= SystemTime::now() + 100 * HOUR);
+        // Under the root, both sides of a handshake.
+        assert_eq!(crate::testing::credentials(&ca, &id("web")).chain().len(), 2);
+        let server = ca.server_credentials(&["weft-operator"]).unwrap();
+        assert_eq!(server.chain_pem.matches("BEGIN CERTIFICATE").count(), 2);
+        let again = EmbeddedCa::from_pem(&ca.to_pem(), domain()).unwrap();
+        assert_eq!((again.roots(), again.certificate()), (ca.roots(), ca.certificate()));
+    }
+}
+
+#[test]
+fn an_intermediate_that_leads_nowhere_is_refused() {
+    let (key, chain, _) = intermediate(0);
+    let (.., other) = intermediate(0);
+    let error = EmbeddedCa::from_parts(&key, &chain, "", domain()).unwrap_err();
+    assert!(error.to_string().contains("put the root into ca.crt"), "{error}");
+    let error = EmbeddedCa::from_parts(&key, &chain, &other, domain()).unwrap_err();
+    assert!(matches!(error, CaError::Chain(_)), "{error}");
+}
+
 #[test]
 fn unusable_pem_is_refused() {
     let ca = ca();

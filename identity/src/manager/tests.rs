@@ -8,10 +8,12 @@ use weft_runtime::{DrainTrigger, Tasks, drain};
 
 use super::*;
 use crate::{
-    Signed,
+    BoxFuture, Signed,
     ca::EmbeddedCa,
     testing::{HOUR, ca, connected, credentials, domain, id},
 };
+
+mod issuers;
 
 /// Follows tokio's clock, which a paused test moves.
 struct TestClock {
@@ -210,7 +212,13 @@ async fn failures_are_seen_and_tried_again() {
     assert!(problem.contains("no such Pod") && status[0].not_after.is_none(), "{problem}");
     fixture.up(true);
     let held = some(&mut web).await;
-    let expected = SvidStatus { id: id("web"), not_after: Some(held.not_after()), problem: None };
+    let expected = SvidStatus {
+        id: id("web"),
+        not_after: Some(held.not_after()),
+        issued_by: Some(held.issued_by().to_owned()),
+        serial: Some(held.serial().to_owned()),
+        problem: None,
+    };
     assert_eq!(fixture.manager.status(), [expected]);
     fixture.stop().await;
 }

@@ -16,6 +16,7 @@ use crate::{
     kubernetes::{
         Cluster,
         bundle::BundleWriter,
+        ca::{CaSource, CaWatch},
         lease::Lease,
         review::Reviewer,
         secret::{CaSecret, Place, SecretError},
@@ -51,9 +52,9 @@ pub(super) async fn parts(args: &RunArgs) -> Result<Parts> {
         Some(given) => Place { namespace: given.namespace.clone(), name: given.name.clone(), own: false },
         None => Place::own(&cluster),
     };
-    let secret = CaSecret::new(&cluster, place, trust_domain.clone());
+    let secret = CaSecret::new(&cluster, place.clone(), trust_domain.clone());
     let ca = patiently("the CA", || secret.open()).await?;
-    let authority = Arc::new(Authority::new(ca, PROPAGATION)?);
+    let authority = Arc::new(Authority::new(ca, PROPAGATION));
     let bundle = BundleWriter::new(&cluster);
     patiently("the trust bundle", || bundle.adopt(&authority)).await?;
 
@@ -62,7 +63,9 @@ pub(super) async fn parts(args: &RunArgs) -> Result<Parts> {
     let source = KubernetesSource::new(cluster.client.clone(), Arc::clone(&observed), kept);
     let callers = Arc::new(Reviewer::new(&cluster));
     let viewers = Arc::new(Reviewer::viewers(&cluster));
-    let status = KubernetesStatus::new(cluster, observed, leadership.clone());
+    let secret = CaSource::new(&cluster, place, trust_domain.clone());
+    let status = KubernetesStatus::new(cluster, observed, leadership.clone())
+        .with_ca(CaWatch::new(secret.health(), authority.subscribe()));
     let ca = authority.subscribe();
     let (signer, writer) = (Arc::clone(&authority), leadership.clone());
     let own: Vec<(&'static str, Own)> = vec![

@@ -27,6 +27,7 @@ fn pod(node: &str) -> Resource {
         policies: vec![],
         network_policy: false,
         netns: Some("/run/netns/web".into()),
+        host_addresses: vec![],
     }))
 }
 

@@ -2,11 +2,11 @@
 
 use std::{sync::Arc, time::Duration};
 
+use futures_util::FutureExt;
 use tokio::{
     sync::{mpsc, watch},
     time::timeout,
 };
-use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 use weft_core::Version;
 use weft_proto::control::{
@@ -14,7 +14,10 @@ use weft_proto::control::{
 };
 use weft_runtime::{DrainWatcher, Tasks};
 
-use super::caller;
+use super::{
+    caller, pieces,
+    turns::{self, Outgoing, Sent, Turns},
+};
 use crate::{
     auth::Authenticator,
     distribution::{Distribution, Snapshot, nodes::Stream},
@@ -26,7 +29,7 @@ const HELLO: Duration = Duration::from_secs(10);
 /// Messages that wait for a slow agent; further changes join the next message.
 const QUEUE: usize = 2;
 
-/// The service.
+/// The service; to be served inside [`pieces::InPieces`].
 #[derive(Debug, Clone)]
 pub struct ControlService {
     /// What is sent.
@@ -35,6 +38,8 @@ pub struct ControlService {
     pub callers: Arc<dyn Authenticator>,
     /// What is counted.
     pub metrics: Metrics,
+    /// Whose large message is sent when.
+    pub turns: Turns,
     /// Where streams run.
     pub tasks: Tasks,
     /// When they end.
@@ -43,7 +48,7 @@ pub struct ControlService {
 
 #[tonic::async_trait]
 impl Control for ControlService {
-    type SubscribeStream = ReceiverStream<Result<SubscribeResponse, Status>>;
+    type SubscribeStream = pieces::Nothing;
 
     async fn subscribe(
         &self,
@@ -62,15 +67,15 @@ impl Control for ControlService {
                 Err(status) => {
                     tracing::warn!(node, code = ?status.code(), "the agent's stream ended: {}", status.message());
                     // Where the agent does not read any more it needs no reason.
-                    let _ = sender.try_send(Err(status));
+                    let _ = sender.try_send(Sent::small(Err(status)));
                 }
             }
         });
-        Ok(Response::new(ReceiverStream::new(receiver)))
+        Ok(pieces::answer(Outgoing::new(receiver)))
     }
 }
 
-type Sender = mpsc::Sender<Result<SubscribeResponse, Status>>;
+type Sender = mpsc::Sender<Sent>;
 
 impl ControlService {
     async fn follow(
@@ -92,24 +97,49 @@ impl ControlService {
         let mut sent = held;
         // What the agent holds it must still confirm, so it is always sent something first.
         let mut due = true;
+        let mut turn = None;
+        // Ends when a large message is on its way no more.
+        let mut reading = futures_util::future::pending().boxed();
         loop {
-            let ready = due && newest.borrow().is_some();
+            let now = newest.borrow().clone().filter(|_| due);
+            let needed = match now {
+                Some(snapshot) => Some(turns::needed(size(&snapshot, sent, node)?)),
+                None => None,
+            };
+            // What it needs may be more by now; its turn stays what it was.
+            let (waiting, ready) = match needed {
+                Some(Some(kib)) if turn.is_none() => (kib, false),
+                Some(_) => (0, true),
+                None => (0, false),
+            };
             tokio::select! {
                 () = self.drain.draining() => return Err(Status::unavailable("the operator stops; try again")),
                 message = incoming.message() => match message? {
                     None => return Ok(()),
                     Some(SubscribeRequest { message: Some(Message::Ack(ack)) }) => self.ack(stream.node(), ack),
+                    // An agent of a later version says something that this one does not know.
+                    Some(SubscribeRequest { message: None }) => {}
                     Some(_) => return Err(Status::invalid_argument("after hello only acks are understood")),
                 },
-                changed = newest.changed(), if !ready => {
+                changed = newest.changed(), if needed.is_none() => {
                     changed.map_err(|_| Status::unavailable("the operator stops; try again"))?;
                     due = true;
                 }
+                () = &mut reading => reading = futures_util::future::pending().boxed(),
+                own = self.turns.wait(waiting), if waiting > 0 => turn = own,
                 permit = sender.reserve(), if ready => {
                     let Ok(permit) = permit else { return Ok(()) };
                     due = false;
                     if let Some(snapshot) = current(&mut newest) {
-                        permit.send(encode(&snapshot, sent, node));
+                        let message = encode(&snapshot, sent, node);
+                        match turn.take() {
+                            None => permit.send(Sent::small(message)),
+                            Some(turn) => {
+                                let (large, taken) = Sent::large(message, turn);
+                                permit.send(large);
+                                reading = taken;
+                            }
+                        }
                         self.metrics.deltas.inc();
                         sent = snapshot.version;
                     }
@@ -142,8 +172,18 @@ fn version(v: Option<&proto::Version>) -> Version {
     v.map_or_else(Version::default, |v| Version { epoch: v.epoch, sequence: v.sequence })
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "the form that map_err wants")]
+fn failed(error: serde_json::Error) -> Status {
+    Status::internal(format!("a resource does not serialise: {error}"))
+}
+
+/// About how long the message is that [`encode`] makes.
+fn size(snapshot: &Snapshot, held: Version, node: &str) -> Result<usize, Status> {
+    let difference = snapshot.since(held);
+    difference.upserted.iter().try_fold(0, |sum, r| Ok(sum + r.json(node).map_err(failed)?.len()))
+}
+
 fn encode(snapshot: &Snapshot, held: Version, node: &str) -> Result<SubscribeResponse, Status> {
-    let failed = |e: serde_json::Error| Status::internal(format!("a resource does not serialise: {e}"));
     let difference = snapshot.since(held);
     let upserted = (difference.upserted.iter())
         .map(|r| Ok(proto::Resource { json: r.json(node).map_err(failed)? }))

@@ -8,7 +8,7 @@ use futures_util::{
 };
 use tokio::sync::watch;
 use tonic::{Request, Response, Status};
-use weft_core::{Resource, SpiffeId};
+use weft_core::{Resource, SpiffeId, config::Issuer};
 use weft_identity::ca::{CaError, EmbeddedCa};
 use weft_proto::control::{
     SignRequest, SignResponse, TrustRequest, TrustResponse, identity_server::Identity,
@@ -73,39 +73,62 @@ impl Identity for IdentityService {
 
     async fn sign(&self, request: Request<SignRequest>) -> Result<Response<SignResponse>, Status> {
         let node = caller(&*self.callers, &self.metrics, &request).await?;
-        let SignRequest { namespace, service_account, csr_der } = request.into_inner();
-        if !is_object_name(&namespace) || !is_object_name(&service_account) {
-            self.refused("malformed");
-            return Err(Status::invalid_argument("namespace and service_account must be names of objects"));
-        }
+        let SignRequest { namespace, service_account, csr_der, node: itself } = request.into_inner();
         let Some(state) = self.distribution.current() else {
             return Err(Status::unavailable("the operator has not read its objects yet; try again"));
         };
-        let mut lifetime = weft_identity::ca::SVID_LIFETIME;
-        let mut scheduled = false;
-        for published in state.resources.values() {
-            match &published.resource {
-                Resource::Config(config) => lifetime = config.svid_lifetime,
-                Resource::Workload(w) => {
-                    scheduled |= *w.node == *node
-                        && *w.name.namespace == *namespace
-                        && *w.service_account == *service_account;
-                }
-                _ => {}
-            }
-        }
-        if !scheduled {
-            self.refused("node_rule");
-            tracing::warn!(
-                node,
-                "node rule: a certificate for {namespace}/{service_account} is refused, no Pod of it is scheduled there"
-            );
-            return Err(Status::permission_denied(format!(
-                "node rule: no Pod of service account {namespace}/{service_account} is scheduled on node {node}"
+        let config = state.resources.values().find_map(|published| match &published.resource {
+            Resource::Config(config) => Some(config),
+            _ => None,
+        });
+        if let Some(Issuer::Spire { socket }) = config.map(|config| &config.issuer) {
+            self.refused("issuer");
+            return Err(Status::failed_precondition(format!(
+                "the MeshConfig's issuer is Spire: the operator signs nothing, the SPIRE agent at {socket} does"
             )));
         }
+        let lifetime = config.map_or(weft_identity::ca::SVID_LIFETIME, |config| config.svid_lifetime);
         let ca = Arc::clone(&self.ca.borrow());
-        let id = SpiffeId::service_account(ca.trust_domain(), &namespace, &service_account);
+        let id = if itself.is_empty() {
+            if !is_object_name(&namespace) || !is_object_name(&service_account) {
+                self.refused("malformed");
+                let message = "namespace and service_account must be names of objects";
+                return Err(Status::invalid_argument(message));
+            }
+            let scheduled = state.resources.values().any(|published| match &published.resource {
+                Resource::Workload(w) => {
+                    *w.node == *node
+                        && *w.name.namespace == *namespace
+                        && *w.service_account == *service_account
+                }
+                _ => false,
+            });
+            if !scheduled {
+                let what = format!("service account {namespace}/{service_account}");
+                return Err(
+                    self.not_of_the_node(&node, &format!("no Pod of {what} is scheduled on node {node}"))
+                );
+            }
+            SpiffeId::service_account(ca.trust_domain(), &namespace, &service_account)
+        } else {
+            if !namespace.is_empty() || !service_account.is_empty() {
+                self.refused("malformed");
+                return Err(Status::invalid_argument(
+                    "ask for a service account or for the node, not for both",
+                ));
+            }
+            // The name that the caller has proven, never the one that it gives.
+            if *itself != *node {
+                let asked: String = itself.chars().take(253).collect();
+                let message = format!("node {node} may not have the identity of node {asked:?}");
+                return Err(self.not_of_the_node(&node, &message));
+            }
+            if !is_object_name(&node) {
+                self.refused("malformed");
+                return Err(Status::invalid_argument("the node's name is not the name of an object"));
+            }
+            SpiffeId::node(ca.trust_domain(), &node)
+        };
         let signed = ca.sign(&id, &csr_der, lifetime).map_err(|error| {
             self.refused("ca");
             match error {
@@ -127,6 +150,12 @@ impl Identity for IdentityService {
 }
 
 impl IdentityService {
+    fn not_of_the_node(&self, node: &str, message: &str) -> Status {
+        self.refused("node_rule");
+        tracing::warn!(node, "node rule: a certificate is refused: {message}");
+        Status::permission_denied(format!("node rule: {message}"))
+    }
+
     fn refused(&self, reason: &'static str) {
         self.metrics.sign_refused.get_or_create(&Reason { reason }).inc();
     }

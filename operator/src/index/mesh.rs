@@ -1,8 +1,7 @@
 //! What is said of the MeshConfig.
 
-use weft_api::mesh_config::{ConnectionsBeforeEnrolment, MeshConfigSpec, Telemetry};
+use weft_api::mesh_config::{MeshConfigSpec, Telemetry};
 
-const CONNECTIONS: &str = "spec.connectionsBeforeEnrolment";
 const COMPAT: &str = "spec.telemetry.metricsCompat";
 const TRACING: &str = "spec.telemetry.tracing";
 
@@ -10,7 +9,6 @@ const TRACING: &str = "spec.telemetry.tracing";
 pub(super) fn without_effect(spec: &MeshConfigSpec) -> Vec<&'static str> {
     let (telemetry, default) = (&spec.telemetry, Telemetry::default());
     let set = [
-        (CONNECTIONS, spec.connections_before_enrolment != ConnectionsBeforeEnrolment::default()),
         (COMPAT, telemetry.metrics_compat != default.metrics_compat),
         (TRACING, telemetry.tracing != default.tracing),
     ];
@@ -19,9 +17,7 @@ pub(super) fn without_effect(spec: &MeshConfigSpec) -> Vec<&'static str> {
 
 /// The message of condition `Accepted`.
 pub(super) fn message(set: &[&'static str]) -> String {
-    let all = format!(
-        "these fields are accepted but have no effect in this version: {CONNECTIONS}, {COMPAT}, {TRACING}"
-    );
+    let all = format!("these fields are accepted but have no effect in this version: {COMPAT}, {TRACING}");
     if set.is_empty() { all } else { format!("{all}; this object sets {}", set.join(", ")) }
 }
 
@@ -33,11 +29,11 @@ mod tests {
     fn fields_without_effect_are_named() {
         let mut spec = MeshConfigSpec::default();
         assert!(message(&without_effect(&spec)).ends_with("spec.telemetry.tracing"));
-        spec.connections_before_enrolment = ConnectionsBeforeEnrolment::Keep;
+        spec.telemetry.metrics_compat = vec![weft_api::mesh_config::MetricsCompat::Istio];
         spec.telemetry.tracing.otlp.endpoint = "http://otel:4317".into();
         let message = message(&without_effect(&spec));
         assert!(message.contains("accepted but have no effect"), "{message}");
-        let set = "this object sets spec.connectionsBeforeEnrolment, spec.telemetry.tracing";
+        let set = "this object sets spec.telemetry.metricsCompat, spec.telemetry.tracing";
         assert!(message.ends_with(set), "{message}");
     }
 }

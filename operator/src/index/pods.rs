@@ -8,7 +8,7 @@ use std::{
 
 use k8s_openapi::{
     api::{
-        core::v1::{Container, Pod, PodSpec},
+        core::v1::{Container, Node, Pod, PodSpec},
         networking::v1::NetworkPolicy,
     },
     apimachinery::pkg::apis::meta::v1::LabelSelector,
@@ -17,12 +17,12 @@ use k8s_openapi::{
 use sha2::{Digest, Sha256};
 use weft_api::{FieldError, labels};
 use weft_core::{
-    NamespacedName, SpiffeId, SubjectId, TrustDomain, Workload, WorkloadUid,
+    NamespacedName, ResourceKey, SpiffeId, SubjectId, TrustDomain, Workload, WorkloadUid,
     workload::{FailMode, Mode, Owner},
 };
 
-use super::{Finding, Good, Index, Report};
-use crate::objects::ObjectKey;
+use super::{Finding, Good, Report, build::Scope, subjects::Subjects};
+use crate::objects::{Kind, ObjectKey};
 
 /// What is read of a Pod when it comes.
 #[derive(Debug, Clone)]
@@ -33,9 +33,9 @@ pub(super) struct Facts {
     mode: Option<Mode>,
     ready: bool,
     /// It has a node, is not over, and is not of the host's network.
-    scheduled: bool,
-    deleting: bool,
-    created: Option<Timestamp>,
+    pub(super) scheduled: bool,
+    pub(super) deleting: bool,
+    pub(super) created: Option<Timestamp>,
 }
 
 impl Facts {
@@ -70,6 +70,7 @@ impl Facts {
             policies: Vec::new(),
             network_policy: false,
             netns: annotations.and_then(|a| a.get(labels::NETNS)).cloned(),
+            host_addresses: Vec::new(),
             name,
         };
         Ok(Self {
@@ -103,22 +104,45 @@ pub(super) struct Draft {
 /// The workloads of a build, each with the template that it was made of, in the order of their uids.
 pub(super) type Built = Vec<(Arc<Workload>, Arc<Workload>)>;
 
-/// The workloads, in the drafts' order, which is that of their uids; one that is as it was keeps its allocation.
-pub(super) fn finish(drafts: Vec<Draft>, before: &Built) -> Built {
+/// The workloads, in the drafts' order, which is that of their uids; one that is as it was keeps its allocation, of the
+/// others `changed` is told, and the keys of those that are no more become `gone`.
+pub(super) fn finish(
+    drafts: Vec<Draft>,
+    before: &Built,
+    mut changed: impl FnMut(&Arc<Workload>),
+    gone: &mut Vec<ResourceKey>,
+) -> Built {
     let mut before = before.iter().peekable();
     let mut built = Built::with_capacity(drafts.len());
     for draft in drafts {
         let template = Arc::clone(&draft.template);
-        while before.next_if(|(of, _)| of.uid < template.uid).is_some() {}
+        while let Some((of, _)) = before.next_if(|(of, _)| of.uid < template.uid) {
+            gone.push(ResourceKey::Workload(of.uid.clone()));
+        }
         let workload = match before.next_if(|(of, _)| of.uid == template.uid) {
             Some((of, workload)) if Arc::ptr_eq(of, &template) && draft.same(workload) => {
                 Arc::clone(workload)
             }
-            _ => Arc::new(draft.workload()),
+            _ => {
+                let workload = Arc::new(draft.workload());
+                changed(&workload);
+                workload
+            }
         };
         built.push((template, workload));
     }
+    gone.extend(before.map(|(of, _)| ResourceKey::Workload(of.uid.clone())));
     built
+}
+
+/// Gives the workloads the numbers that their subjects have now.
+pub(super) fn renumber(built: &mut Built, subjects: &Subjects, mut changed: impl FnMut(&Arc<Workload>)) {
+    for ((_, workload), subject) in built.iter_mut().zip(subjects.of_pods()) {
+        if workload.subject != subject {
+            *workload = Arc::new(Workload { subject, ..Workload::clone(workload) });
+            changed(workload);
+        }
+    }
 }
 
 impl Draft {
@@ -147,32 +171,36 @@ impl Draft {
     }
 }
 
-/// The Pods that are scheduled and not over, in a fixed order.
+/// The Pods of a namespace that are scheduled and not over, in the order of their uids. `zones` are those of nodes.
 ///
 /// Pods of the host's network are left out: any of them could be any other, and host daemons are never captured.
-pub(super) fn collect(index: &Index, reports: &mut BTreeMap<ObjectKey, Report>) -> Vec<Draft> {
-    let mut zones: HashMap<&str, &Arc<str>> = HashMap::new();
-    let mut network_policies: HashMap<&str, Vec<&NetworkPolicy>> = HashMap::new();
-    let mut pods: Vec<(&ObjectKey, &Facts)> = Vec::new();
-    for (key, good) in index.good() {
-        match good {
-            Good::Node { zone, .. } => drop(zones.insert(&key.name, zone)),
-            Good::NetworkPolicy(p) => network_policies.entry(&key.namespace).or_default().push(p),
-            Good::Pod(pod) if pod.scheduled => pods.push((key, pod)),
-            _ => {}
-        }
-    }
-    // An address belongs to the youngest Pod that is not going away.
-    pods.sort_by_key(|(key, pod)| (pod.deleting, std::cmp::Reverse(pod.created), *key));
+pub(super) fn collect(
+    scope: Scope<'_>,
+    zones: &HashMap<&str, &Arc<str>>,
+    reports: &mut BTreeMap<ObjectKey, Report>,
+) -> Vec<Draft> {
+    let network_policies: Vec<&NetworkPolicy> = (scope.good())
+        .filter_map(|(_, good)| match good {
+            Good::NetworkPolicy(policy) => Some(&**policy),
+            _ => None,
+        })
+        .collect();
     let none: Arc<str> = "".into();
-    let mut namespaces: HashMap<&str, (Mode, FailMode)> = HashMap::new();
-    let mut taken: HashMap<IpAddr, &ObjectKey> = HashMap::new();
-    let mut drafts = Vec::with_capacity(pods.len());
-    for (key, pod) in pods {
-        let namespace = *namespaces.entry(&key.namespace).or_insert_with(|| index.namespace(&key.namespace));
-        let (mode, fail_mode) = modes(namespace, key, pod.mode, reports);
+    let namespace = scope.index.namespace(scope.namespace);
+    let claims = &scope.index.claims;
+    let mut drafts = Vec::new();
+    for (key, good) in scope.good() {
+        let Good::Pod(pod) = good else { continue };
+        if !pod.scheduled {
+            continue;
+        }
         let template = &pod.template;
-        let policies = network_policies.get(&*key.namespace).into_iter().flatten();
+        if let Some(other) = claims.uid(&template.uid).filter(|other| *other != key) {
+            let message = format!("metadata.uid: belongs to {other}, so this Pod is left out");
+            complain(reports, key, &message);
+            continue;
+        }
+        let (mode, fail_mode) = modes(namespace, key, pod.mode, reports);
         let mut draft = Draft {
             template: Arc::clone(template),
             addresses: Vec::with_capacity(template.addresses.len()),
@@ -182,25 +210,76 @@ pub(super) fn collect(index: &Index, reports: &mut BTreeMap<ObjectKey, Report>) 
             policies: Vec::new(),
             subject: SubjectId::UNKNOWN,
             zone: Arc::clone(zones.get(&*template.node).copied().unwrap_or(&none)),
-            network_policy: policies.into_iter().any(|policy| restricts(policy, &template.labels)),
+            network_policy: network_policies.iter().any(|policy| restricts(policy, &template.labels)),
         };
         for address in &template.addresses {
-            match taken.get(address) {
-                None => {
-                    taken.insert(*address, key);
-                    draft.addresses.push(*address);
-                }
-                Some(other) => complain(
+            match claims.address(*address) {
+                Some(owner) if owner != key || draft.addresses.contains(address) => complain(
                     reports,
                     key,
-                    &format!("status.podIPs: {address} belongs to {other}; give each Pod its own"),
+                    &format!("status.podIPs: {address} belongs to {owner}; give each Pod its own"),
                 ),
+                _ => draft.addresses.push(*address),
             }
         }
         drafts.push(draft);
     }
+    if scope.namespace.is_empty() {
+        drafts.extend(nodes(scope));
+    }
     drafts.sort_by(|a, b| a.template.uid.cmp(&b.template.uid));
     drafts
+}
+
+/// The nodes' own networks, in the name of which their Pods there call.
+fn nodes(scope: Scope<'_>) -> impl Iterator<Item = Draft> {
+    let templates = scope.entries(Kind::Node).filter_map(|(_, entry)| match &entry.good {
+        Some(Good::Node { host, .. }) => Some(host),
+        _ => None,
+    });
+    templates.map(|template| Draft {
+        template: Arc::clone(template),
+        addresses: Vec::new(),
+        ready: false,
+        mode: Mode::Disabled,
+        fail_mode: FailMode::Closed,
+        policies: Vec::new(),
+        subject: SubjectId::UNKNOWN,
+        zone: Arc::clone(&template.zone),
+        network_policy: false,
+    })
+}
+
+/// What a node's own network is as a caller.
+pub(super) fn node(trust_domain: &TrustDomain, name: &str, zone: &Arc<str>, node: &Node) -> Workload {
+    let listed = node.status.as_ref().and_then(|s| s.addresses.as_ref());
+    let mut host_addresses: Vec<IpAddr> = listed
+        .into_iter()
+        .flatten()
+        .filter(|a| a.type_ == "InternalIP" || a.type_ == "ExternalIP")
+        .filter_map(|a| super::address(&a.address))
+        .filter(|a| !a.is_loopback() && !a.is_unspecified() && !a.is_multicast())
+        .collect();
+    host_addresses.dedup();
+    Workload {
+        uid: WorkloadUid::node(name),
+        name: NamespacedName::new("", name),
+        service_account: "".into(),
+        identity: SpiffeId::node(trust_domain, name),
+        subject: SubjectId::UNKNOWN,
+        owner: Owner { kind: "Node".into(), name: name.into() },
+        node: name.into(),
+        zone: Arc::clone(zone),
+        labels: BTreeMap::new(),
+        addresses: Vec::new(),
+        named_ports: BTreeMap::new(),
+        mode: Mode::Disabled,
+        fail_mode: FailMode::Closed,
+        policies: Vec::new(),
+        network_policy: false,
+        netns: None,
+        host_addresses,
+    }
 }
 
 fn scheduled(pod: &Pod) -> bool {

@@ -5,13 +5,13 @@ use std::collections::BTreeMap;
 use weft_api::{convert::authorization::Target, values::Selector};
 use weft_core::{NamespacedName, WorkloadUid};
 
-use super::{Entry, Finding, Good, Index, Report, lookup::Lookup, pods::Draft, services::Known};
+use super::{Entry, Finding, Good, Report, build::Scope, lookup::Lookup, pods::Draft, services::Known};
 use crate::objects::{Kind, ObjectKey};
 
-/// The policies that select each Pod, sorted, in the drafts' order; and on each policy and TrafficPolicy whether its
+/// The policies of a namespace that select each Pod, sorted, in the drafts' order; and on each policy whether its
 /// Services exist.
 pub(super) fn attach(
-    index: &Index,
+    scope: Scope<'_>,
     pods: &[Draft],
     lookup: &Lookup<'_>,
     services: &BTreeMap<NamespacedName, Known>,
@@ -33,7 +33,7 @@ pub(super) fn attach(
         for target in targets {
             match target {
                 Target::Pods(selector) => {
-                    for number in lookup.candidates(&key.namespace, &selector.match_labels) {
+                    for number in lookup.candidates(&selector.match_labels) {
                         if pods.get(*number).is_some_and(|p| selector.matches(&p.template.labels)) {
                             mark(*number);
                         }
@@ -48,45 +48,47 @@ pub(super) fn attach(
             }
         }
     };
-    for (key, entry) in &index.entries {
-        let mut missing = Vec::new();
-        match &entry.good {
-            Some(Good::Policy(_, targets)) => {
-                select(key, targets);
-                missing.extend(services_of(targets));
-            }
-            Some(Good::Traffic(names)) => missing.extend(names.iter().map(String::as_str)),
-            // Named, but never sent: whoever judges a Pod with a policy that is not there denies.
-            None if key.kind == Kind::AuthorizationPolicy => match &entry.guarded {
-                Some(targets) => {
-                    select(key, targets);
-                    missing.extend(services_of(targets));
-                }
-                None => {
-                    select(key, &[Target::Pods(Selector::default())]);
-                    continue;
-                }
-            },
-            _ => continue,
+    for (key, entry) in scope.entries(Kind::AuthorizationPolicy) {
+        match (&entry.good, &entry.guarded) {
+            // Without a good form it is named, but never sent: whoever judges a Pod with a policy that is not there
+            // denies.
+            (Some(Good::Policy(_, targets)), _) | (None, Some(targets)) => select(key, targets),
+            (None, None) => select(key, &[Target::Pods(Selector::default())]),
+            _ => {}
         }
-        missing.retain(|name| !services.contains_key(&NamespacedName::new(&key.namespace, name)));
         if let Some(report) = reports.get_mut(key) {
-            report.resolved = Some(match missing.first() {
-                None => Finding::ok("ResolvedRefs", ""),
-                Some(name) => Finding::bad(
-                    "TargetNotFound",
-                    format!(
-                        "{key}: spec.targetRefs: there is no Service {}/{name}; it selects nothing by it",
-                        key.namespace
-                    ),
-                ),
-            });
+            report.resolved = resolved(key, entry, |name| services.contains_key(name));
         }
     }
     for policies in &mut selected {
         policies.sort();
     }
     selected
+}
+
+/// Whether the Services exist to which a policy or TrafficPolicy refers; `None` for other objects.
+pub(super) fn resolved(
+    key: &ObjectKey,
+    entry: &Entry,
+    exists: impl Fn(&NamespacedName) -> bool,
+) -> Option<Finding> {
+    let named: Vec<&str> = match (&entry.good, &entry.guarded) {
+        (Some(Good::Policy(_, targets)), _) => services_of(targets).collect(),
+        (Some(Good::Traffic(names)), _) => names.iter().map(String::as_str).collect(),
+        (None, Some(targets)) if key.kind == Kind::AuthorizationPolicy => services_of(targets).collect(),
+        _ => return None,
+    };
+    let missing = named.into_iter().find(|name| !exists(&NamespacedName::new(&key.namespace, name)));
+    Some(match missing {
+        None => Finding::ok("ResolvedRefs", ""),
+        Some(name) => Finding::bad(
+            "TargetNotFound",
+            format!(
+                "{key}: spec.targetRefs: there is no Service {}/{name}; it selects nothing by it",
+                key.namespace
+            ),
+        ),
+    })
 }
 
 /// What becomes of the Pods of a policy that was never good.

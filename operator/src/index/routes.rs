@@ -1,12 +1,19 @@
 //! HTTPRoutes, resolved against Services and ReferenceGrants.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use weft_api::convert::http_route::{self, References};
-use weft_core::{HttpRoute, NamespacedName, service::AppProtocol};
+use weft_core::{HttpRoute, NamespacedName, Resource, ResourceKey, Service, service::AppProtocol};
 
-use super::{Finding, Good, Index, Report, services::Known};
-use crate::objects::ObjectKey;
+use super::{
+    Finding, Good, Index, Report,
+    build::{Resources, Services},
+    report,
+};
+use crate::objects::{Kind, ObjectKey};
 
 /// Resolves everything: for checking a route by itself.
 pub(super) struct Anything;
@@ -28,12 +35,12 @@ impl References for Anything {
 
 struct Resolver<'a> {
     index: &'a Index,
-    services: &'a BTreeMap<NamespacedName, Known>,
+    services: &'a Services<'a>,
 }
 
 impl References for Resolver<'_> {
     fn service_exists(&self, service: &NamespacedName) -> bool {
-        self.services.contains_key(service)
+        self.services.get(service).is_some()
     }
 
     fn port_exists(&self, service: &NamespacedName, port: u16) -> bool {
@@ -45,7 +52,7 @@ impl References for Resolver<'_> {
     }
 
     fn granted(&self, namespace: &str, service: &NamespacedName) -> bool {
-        self.index.good().any(|(key, good)| match good {
+        self.index.good(Kind::ReferenceGrant).any(|(key, good)| match good {
             Good::Grant(grant) if *key.namespace == *service.namespace => {
                 grant.spec.from.iter().any(|f| {
                     f.group == "gateway.networking.k8s.io"
@@ -62,29 +69,79 @@ impl References for Resolver<'_> {
     }
 }
 
-/// The routes that have a Service as parent; a port with a route attached speaks HTTP from then on.
+/// The routes that have a Service as parent.
 pub(super) fn collect(
     index: &Index,
-    services: &mut BTreeMap<NamespacedName, Known>,
-    reports: &mut BTreeMap<ObjectKey, Report>,
+    services: &Services<'_>,
+    reports: &mut BTreeMap<ObjectKey, Option<Report>>,
 ) -> Vec<HttpRoute> {
     let mut routes = Vec::new();
-    for (key, good) in index.good() {
-        let Good::Route(object) = good else { continue };
-        // It was checked when it came; only references may fail to resolve by now.
-        let Ok(converted) = http_route::convert(object, &Resolver { index, services }) else { continue };
-        if let Some(report) = reports.get_mut(key) {
-            judge(key, report, &converted);
+    for (key, entry) in index.of(Kind::HttpRoute) {
+        let mut report = report::of(key, entry);
+        if let Some(Good::Route(object)) = &entry.good
+            // It was checked when it came; only references may fail to resolve by now.
+            && let Ok(converted) = http_route::convert(object, &Resolver { index, services })
+        {
+            judge(key, &mut report, &converted);
+            routes.extend(converted.route);
         }
-        routes.extend(converted.route);
-    }
-    for parent in routes.iter().flat_map(|r| &r.parents) {
-        let ports = services.get_mut(&parent.service).into_iter().flat_map(|s| &mut s.service.ports);
-        for port in ports.filter(|p| parent.port.is_none_or(|n| n == p.port)) {
-            port.app_protocol = AppProtocol::Http;
-        }
+        reports.insert(key.clone(), Some(report));
     }
     routes
+}
+
+/// The routes, and the Service ports that they make HTTP.
+#[derive(Debug, Default)]
+pub(super) struct Routes {
+    routes: BTreeMap<NamespacedName, Arc<HttpRoute>>,
+    /// By Service, the ports; `None` is all of them.
+    ports: BTreeMap<NamespacedName, BTreeSet<Option<u16>>>,
+}
+
+impl Routes {
+    /// Takes the routes that there are now and notes those that differ. Returns the Services of which they speak
+    /// otherwise than before.
+    pub(super) fn replace(
+        &mut self,
+        routes: Vec<HttpRoute>,
+        resources: &mut Resources,
+    ) -> BTreeSet<NamespacedName> {
+        let mut before = std::mem::take(&mut self.routes);
+        let mut ports: BTreeMap<NamespacedName, BTreeSet<Option<u16>>> = BTreeMap::new();
+        for route in routes {
+            for parent in &route.parents {
+                ports.entry(parent.service.clone()).or_default().insert(parent.port);
+            }
+            let name = route.name.clone();
+            let route = match before.remove(&name) {
+                Some(old) if *old == route => old,
+                _ => {
+                    let route = Arc::new(route);
+                    let resource = Resource::Route(Arc::clone(&route));
+                    resources.insert(resource.key(), Some(resource));
+                    route
+                }
+            };
+            self.routes.insert(name, route);
+        }
+        resources.extend(before.into_keys().map(|name| (ResourceKey::Route(name), None)));
+        let before = std::mem::replace(&mut self.ports, ports);
+        let all = before.keys().chain(self.ports.keys());
+        all.filter(|name| before.get(*name) != self.ports.get(*name)).cloned().collect()
+    }
+
+    /// A Service of which the ports that have a route speak HTTP.
+    pub(super) fn applied(&self, service: &Service) -> Service {
+        let mut service = service.clone();
+        if let Some(routed) = self.ports.get(&service.name) {
+            for port in &mut service.ports {
+                if routed.contains(&None) || routed.contains(&Some(port.port)) {
+                    port.app_protocol = AppProtocol::Http;
+                }
+            }
+        }
+        service
+    }
 }
 
 fn judge(key: &ObjectKey, report: &mut Report, converted: &http_route::Converted) {

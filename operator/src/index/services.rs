@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
+    sync::Arc,
 };
 
 use k8s_openapi::{
@@ -14,10 +15,10 @@ use k8s_openapi::{
 };
 use weft_core::{
     NamespacedName, Service, Workload, WorkloadUid,
-    service::{AppProtocol, Endpoint, PacketPort, ServicePort},
+    service::{AppProtocol, Endpoint, Front, PacketPort, ServicePort},
 };
 
-use super::{Good, Index, lookup::Lookup, pods::Draft};
+use super::{Good, build::Scope, lookup::Lookup, pods::Draft};
 
 /// A Service and the Pods behind it, ready or not.
 #[derive(Debug)]
@@ -26,10 +27,14 @@ pub(super) struct Known {
     pub(super) pods: BTreeSet<WorkloadUid>,
 }
 
-/// All Services of the mesh's kind (none of type ExternalName).
-pub(super) fn collect(index: &Index, pods: &[Draft], lookup: &Lookup<'_>) -> BTreeMap<NamespacedName, Known> {
+/// The Services of a namespace that are of the mesh's kind (none of type ExternalName).
+pub(super) fn collect(
+    scope: Scope<'_>,
+    pods: &[Draft],
+    lookup: &Lookup<'_>,
+) -> BTreeMap<NamespacedName, Known> {
     let mut slices: BTreeMap<(&str, &str), Vec<&EndpointSlice>> = BTreeMap::new();
-    for (key, good) in index.good() {
+    for (key, good) in scope.good() {
         if let Good::Slice(slice) = good
             && let Some(service) =
                 slice.metadata.labels.as_ref().and_then(|l| l.get("kubernetes.io/service-name"))
@@ -38,7 +43,7 @@ pub(super) fn collect(index: &Index, pods: &[Draft], lookup: &Lookup<'_>) -> BTr
         }
     }
     let mut services = BTreeMap::new();
-    for (key, good) in index.good() {
+    for (key, good) in scope.good() {
         let Good::Service(object) = good else { continue };
         let spec = object.spec.clone().unwrap_or_default();
         if spec.type_.as_deref() == Some("ExternalName") {
@@ -47,15 +52,21 @@ pub(super) fn collect(index: &Index, pods: &[Draft], lookup: &Lookup<'_>) -> BTr
         let name = NamespacedName::new(&key.namespace, &key.name);
         let ports: Vec<ObjectPort> =
             spec.ports.clone().unwrap_or_default().into_iter().filter(|p| port(p.port).is_some()).collect();
-        let (endpoints, behind) = match slices.get(&(key.namespace.as_str(), key.name.as_str())) {
+        let (mut endpoints, behind) = match slices.get(&(key.namespace.as_str(), key.name.as_str())) {
             Some(slices) => from_slices(slices, &ports, pods, lookup, &key.namespace),
-            None => from_selector(object, &ports, pods, lookup, &key.namespace),
+            None => from_selector(object, &ports, pods, lookup),
         };
+        let node_local = spec.internal_traffic_policy.as_deref() == Some("Local");
+        if !node_local {
+            endpoints.iter_mut().for_each(|endpoint| endpoint.node = None);
+        }
         let service = Service {
             name: name.clone(),
             addresses: cluster_addresses(object),
+            fronts: fronts(object, &ports),
             ports: ports.iter().filter(|p| protocol(p) == Some(TCP)).filter_map(service_port).collect(),
             endpoints,
+            node_local,
         };
         services.insert(name, Known { service, pods: behind });
     }
@@ -125,12 +136,33 @@ fn cluster_addresses(object: &Object) -> Vec<IpAddr> {
     listed.into_iter().filter_map(|text| super::address(text)).collect()
 }
 
+/// The Service's ports at addresses that are not its own: those of every node, of its load balancer and of
+/// `externalIPs`. A load balancer that wants to see all traffic itself (`ipMode: Proxy`) is left alone.
+fn fronts(object: &Object, ports: &[ObjectPort]) -> Vec<Front> {
+    let Some(spec) = &object.spec else { return Vec::new() };
+    let balancer = object.status.as_ref().and_then(|s| s.load_balancer.as_ref());
+    let ingress = balancer.and_then(|b| b.ingress.as_ref()).into_iter().flatten();
+    let balanced = ingress.filter(|i| i.ip_mode.as_deref() != Some("Proxy")).filter_map(|i| i.ip.as_ref());
+    let external: BTreeSet<IpAddr> = (spec.external_ips.iter().flatten().chain(balanced))
+        .filter_map(|text| super::address(text))
+        .filter(|a| !a.is_loopback() && !a.is_unspecified() && !a.is_multicast())
+        .collect();
+    let mut fronts = Vec::new();
+    for own in ports {
+        let (Some(protocol), Some(service_port)) = (protocol(own), port(own.port)) else { continue };
+        let of_nodes = own.node_port.and_then(port).map(|port| (None, port));
+        let elsewhere = external.iter().map(|address| (Some(*address), service_port));
+        let all = of_nodes.into_iter().chain(elsewhere);
+        fronts.extend(all.map(|(address, port)| Front { address, protocol, port, service_port }));
+    }
+    fronts
+}
+
 fn from_selector(
     object: &Object,
     ports: &[ObjectPort],
     pods: &[Draft],
     lookup: &Lookup<'_>,
-    namespace: &str,
 ) -> (Vec<Endpoint>, BTreeSet<WorkloadUid>) {
     let spec = object.spec.clone().unwrap_or_default();
     let selector = spec.selector.unwrap_or_default();
@@ -141,7 +173,7 @@ fn from_selector(
         return (endpoints, behind);
     }
     let families = cluster_addresses(object);
-    for pod in lookup.candidates(namespace, &selector).iter().filter_map(|number| pods.get(*number)) {
+    for pod in lookup.candidates(&selector).iter().filter_map(|number| pods.get(*number)) {
         let w = &pod.template;
         if !selector.iter().all(|(k, v)| w.labels.get(k) == Some(v)) {
             continue;
@@ -157,6 +189,7 @@ fn from_selector(
                     packet_ports: packet_ports.clone(),
                     workload: Some(w.uid.clone()),
                     ready: pod.ready || spec.publish_not_ready_addresses == Some(true),
+                    node: Some(Arc::clone(&w.node)),
                 });
             }
         }
@@ -173,6 +206,7 @@ fn from_slices(
     namespace: &str,
 ) -> (Vec<Endpoint>, BTreeSet<WorkloadUid>) {
     let mut endpoints: BTreeMap<IpAddr, Endpoint> = BTreeMap::new();
+    let mut draining = BTreeSet::new();
     for slice in slices {
         let (at_pod, packet_ports) = at_endpoint(ports, |own| {
             let name = |name: &Option<String>| name.clone().unwrap_or_default();
@@ -183,7 +217,9 @@ fn from_slices(
             port(sliced.port?)
         });
         for e in &slice.endpoints {
-            let ready = e.conditions.as_ref().and_then(|c| c.ready).unwrap_or(true);
+            let conditions = e.conditions.clone().unwrap_or_default();
+            let ready = conditions.ready.unwrap_or(true);
+            let drains = conditions.terminating == Some(true) && conditions.serving == Some(true);
             for address in e.addresses.iter().filter_map(|a| super::address(a)) {
                 let target = e.target_ref.as_ref().filter(|t| t.kind.as_deref() == Some("Pod"));
                 let workload =
@@ -197,14 +233,26 @@ fn from_slices(
                     packet_ports: Vec::new(),
                     workload: workload.map(|w| w.uid.clone()),
                     ready,
+                    node: e
+                        .node_name
+                        .as_deref()
+                        .map(Arc::from)
+                        .or_else(|| workload.map(|w| Arc::clone(&w.node))),
                 });
                 endpoint.ready |= ready;
+                if drains {
+                    draining.insert(address);
+                }
                 endpoint.ports.extend(&at_pod);
                 endpoint.packet_ports.extend(&packet_ports);
                 endpoint.packet_ports.sort_unstable();
                 endpoint.packet_ports.dedup();
             }
         }
+    }
+    // Better one that is about to leave and still serves than none, as kube-proxy has it (KEP-1669).
+    if endpoints.values().all(|e| !e.ready) {
+        endpoints.values_mut().for_each(|e| e.ready = draining.contains(&e.address));
     }
     let behind = endpoints.values().filter_map(|e| e.workload.clone()).collect();
     (endpoints.into_values().collect(), behind)

@@ -155,6 +155,23 @@ fn endpoints_come_from_the_selector_or_from_slices() {
 }
 
 #[test]
+fn endpoints_that_terminate_serve_where_there_are_no_others() {
+    let slice = |second: &str| {
+        format!(
+            "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\naddressType: IPv4\nmetadata: {{name: web-x, namespace: shop, labels: {{kubernetes.io/service-name: web}}}}\nports: [{{name: http, port: 9090}}]\nendpoints: [{{addresses: [10.1.0.6], conditions: {{ready: false, serving: true, terminating: true}}}}, {{addresses: [10.1.0.7], conditions: {second}}}]\n"
+        )
+    };
+    let ready = |second: &str| -> Vec<bool> {
+        let mut index = index(SERVICE);
+        assert!(apply(&mut index, &slice(second)).is_empty());
+        service(&index.build(), "web").endpoints.iter().map(|e| e.ready).collect()
+    };
+    assert_eq!(ready("{ready: true}"), [false, true]);
+    assert_eq!(ready("{ready: false, serving: false, terminating: true}"), [true, false]);
+    assert_eq!(ready("{ready: false, serving: false}"), [true, false]);
+}
+
+#[test]
 fn a_route_makes_its_port_http() {
     let mut index = index(SERVICE);
     assert_eq!(service(&index.build(), "web").ports[0].app_protocol, weft_core::service::AppProtocol::Tcp);
@@ -167,7 +184,7 @@ fn a_route_makes_its_port_http() {
 
 #[test]
 fn references_are_judged_anew_when_services_change() {
-    let mut index = index(
+    let index = index(
         &(SERVICE.to_owned() + &ROUTE.replace("backendRefs: [{name: web", "backendRefs: [{name: gone")),
     );
     let resolved = report(&index.build(), Kind::HttpRoute, "web").resolved.clone().unwrap();
@@ -209,7 +226,7 @@ fn subjects_differ_where_verdicts_can() {
     assert_eq!(subject(&output, "a"), subject(&output, "b"));
     assert_ne!(subject(&output, "a"), subject(&output, "c"));
     // The same for an operator that read the same in another order.
-    let mut other = self::index(
+    let other = self::index(
         &(policy("p", "targetRefs: [{kind: Pod, selector: {matchLabels: {app: web}}}]")
             + &pod("c", "app: x", "10.1.0.7")
             + &pod("a", "app: web", "10.1.0.5")),
@@ -281,4 +298,37 @@ fn a_mesh_config_says_what_has_no_effect_yet() {
     let accepted = &report(&output, Kind::MeshConfig, "default").accepted;
     assert!(accepted.ok && accepted.message.contains("have no effect in this version"), "{accepted:?}");
     assert!(accepted.message.ends_with("this object sets spec.telemetry.metricsCompat"), "{accepted:?}");
+}
+
+#[test]
+fn a_node_calls_in_its_own_name_and_services_have_ports_elsewhere() {
+    let node = "---\napiVersion: v1\nkind: Node\nmetadata: {name: node-a, labels: {topology.kubernetes.io/zone: z1}}\nstatus:\n  addresses: [{type: InternalIP, address: 10.0.0.1}, {type: Hostname, address: node-a}, {type: InternalIP, address: \"fd00::1\"}]\n";
+    let balanced = "---\napiVersion: v1\nkind: Service\nmetadata: {name: web, namespace: shop}\nspec:\n  type: LoadBalancer\n  clusterIP: 10.96.0.10\n  internalTrafficPolicy: Local\n  externalIPs: [198.51.100.7]\n  selector: {app: web}\n  ports: [{name: http, port: 80, targetPort: main, nodePort: 30080}]\nstatus: {loadBalancer: {ingress: [{ip: 203.0.113.9}, {ip: 203.0.113.10, ipMode: Proxy}]}}\n";
+    let text = namespace("weft.mesh/mode: strict") + &pod("web", "app: web", "10.1.0.5") + node;
+    let mut index = index(&(text.clone() + balanced));
+    let output = index.build();
+    let host = workload(&output, "node-a");
+    assert!(host.is_node() && host.addresses.is_empty() && host.subject.0 >= weft_core::SubjectId::FIRST);
+    assert_eq!(host.identity.as_str(), "spiffe://cluster.local/node/node-a");
+    assert_eq!((host.mode, &*host.zone, host.host_addresses.len()), (Mode::Disabled, "z1", 2));
+
+    let web = service(&output, "web");
+    let front = |address: Option<&str>, port| weft_core::service::Front {
+        address: address.map(|a| a.parse().unwrap()),
+        protocol: 6,
+        port,
+        service_port: 80,
+    };
+    let wanted = [front(None, 30_080), front(Some("198.51.100.7"), 80), front(Some("203.0.113.9"), 80)];
+    assert_eq!(web.fronts, wanted);
+    assert!(web.node_local && web.endpoints[0].node.as_deref() == Some("node-a"));
+
+    // A change of the node alone reaches the agents, and its end too.
+    index.update();
+    assert!(apply(&mut index, &node.replace("10.0.0.1", "10.0.0.2")).is_empty());
+    let key = ResourceKey::Workload(weft_core::WorkloadUid::node("node-a"));
+    assert!(matches!(index.update().resources.get(&key), Some(Some(_))));
+    let gone = ObjectKey { kind: Kind::Node, namespace: String::new(), name: "node-a".into() };
+    index.apply(&"f.yaml".into(), Change::Remove(gone));
+    assert_eq!(index.update().resources.get(&key), Some(&None));
 }

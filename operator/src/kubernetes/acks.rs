@@ -286,7 +286,11 @@ mod tests {
             parents: BTreeMap::new(),
         };
         let version = Version { epoch, sequence };
-        Overview { version, objects: [(key, (report, version))].into(), ..Overview::default() }
+        Overview {
+            version,
+            objects: [(Arc::new(key), (Arc::new(report), version))].into(),
+            ..Overview::default()
+        }
     }
 
     #[tokio::test(start_paused = true)]

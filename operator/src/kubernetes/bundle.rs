@@ -59,12 +59,8 @@ impl BundleWriter {
                 _ = changed.changed() => {}
                 () = leadership.acquired(), if !held => {}
             }
-            match authority.tick(SystemTime::now()) {
-                Ok(true) => {
-                    tracing::info!("the new root signs from now on; the old one is trusted for another day");
-                }
-                Ok(false) => {}
-                Err(error) => tracing::error!("the roots cannot be put together: {error}"),
+            if authority.tick(SystemTime::now()) {
+                tracing::info!("the new root signs from now on; the old one is trusted for another day");
             }
             match timeout(REQUEST, self.step(&authority, &leadership)).await {
                 Ok(Ok(())) => failing = false,
@@ -109,9 +105,7 @@ impl BundleWriter {
         let retire_at = found.metadata.annotations.and_then(|mut a| a.remove(RETIRE_AT));
         let retire_at = retire_at.and_then(|text| serde_json::from_str(&text).ok()).unwrap_or_default();
         let bundle = Bundle { pem, retire_at };
-        if let Err(error) = authority.adopt(&bundle, SystemTime::now()) {
-            tracing::warn!("ConfigMap {BUNDLE} holds a root that cannot be used: {error}");
-        }
+        authority.adopt(&bundle, SystemTime::now());
         Ok(Some(bundle))
     }
 }

@@ -10,7 +10,12 @@ use super::{
     Cluster, MANAGER,
     status::{api, refusals},
 };
-use crate::{controller::Overview, objects::ObjectKey, source::kubernetes::Observed};
+use crate::{
+    controller::Overview,
+    index::Finding,
+    objects::{Kind, ObjectKey},
+    source::kubernetes::Observed,
+};
 
 /// Events in one round; the others follow in the next.
 const MAX_EVENTS: usize = 16;
@@ -35,8 +40,13 @@ impl Events {
     }
 
     /// Tells what was not told yet.
-    pub(super) async fn publish(&mut self, overview: &Overview, observed: &Observed) {
-        let refusals = refusals(overview, observed);
+    pub(super) async fn publish(&mut self, overview: &Overview, observed: &Observed, ca: Option<&Finding>) {
+        let mut refusals = refusals(overview, observed);
+        if let Some(bad) = ca.filter(|finding| !finding.ok)
+            && let Some(mesh) = overview.objects.keys().find(|key| key.kind == Kind::MeshConfig)
+        {
+            refusals.entry(mesh).or_insert((bad.reason, bad.message.as_str()));
+        }
         self.told.retain(|key, _| refusals.contains_key(key));
         let mut budget = MAX_EVENTS;
         for (key, (reason, message)) in refusals {

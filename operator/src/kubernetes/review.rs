@@ -32,10 +32,17 @@ use crate::{
 const GOOD: Duration = Duration::from_secs(60);
 /// How long one that was not.
 const BAD: Duration = Duration::from_secs(5);
+/// How long a good answer counts while the API server gives none, and never longer than the token itself: nodes that it
+/// knew a moment ago go on having their certificates renewed. What it would have revoked meanwhile, nobody could have
+/// asked it to.
+const AWAY: Duration = Duration::from_secs(3600);
 /// Answers that are kept.
 const MAX_KEPT: usize = 8192;
 /// Questions to the API server at one time.
 const MAX_ASKED: usize = 16;
+/// Tokens are told apart into so many lots by their hashes, and asked about one at a time in each: an agent opens several
+/// streams at once with one token, which is one question.
+const LOTS: usize = 64;
 /// Longest wait for an answer.
 const REQUEST: Duration = Duration::from_secs(5);
 /// Longest token.
@@ -61,6 +68,7 @@ pub struct Reviewer {
     judge: Judge,
     kept: Mutex<HashMap<[u8; 32], Kept>>,
     asked: Semaphore,
+    lots: Box<[Semaphore]>,
 }
 
 /// What an answer proves for a user.
@@ -69,6 +77,8 @@ type Judge = fn(&TokenReviewStatus, &str) -> Result<Arc<str>, ReviewError>;
 #[derive(Clone)]
 struct Kept {
     until: Instant,
+    /// Until when it counts if the API server does not answer.
+    away: Instant,
     answer: Result<Arc<str>, ReviewError>,
 }
 
@@ -91,6 +101,7 @@ impl Reviewer {
             judge,
             kept: Mutex::new(HashMap::new()),
             asked: Semaphore::new(MAX_ASKED),
+            lots: (0..LOTS).map(|_| Semaphore::new(1)).collect(),
         }
     }
 
@@ -106,8 +117,18 @@ impl Reviewer {
         if let Some(kept) = self.kept(&key) {
             return kept;
         }
-        let Ok(_permit) = timeout(REQUEST, self.asked.acquire()).await else {
-            return Err(ReviewError::Unavailable("too many wait for it".into()));
+        let lot = key.first().and_then(|first| self.lots.get(usize::from(*first) % LOTS));
+        let turn = async {
+            let lot = match lot {
+                Some(lot) => Some(lot.acquire().await),
+                None => None,
+            };
+            // Answered meanwhile: then nobody has to be asked.
+            let asks = if self.kept(&key).is_none() { Some(self.asked.acquire().await) } else { None };
+            (lot, asks)
+        };
+        let Ok(_turn) = timeout(REQUEST, turn).await else {
+            return self.without(key, "too many wait for it".into());
         };
         // Another call may have asked about the same token while this one waited.
         if let Some(kept) = self.kept(&key) {
@@ -124,12 +145,32 @@ impl Reviewer {
         let answer = match timeout(REQUEST, self.api.create(&params, &review)).await {
             Ok(Ok(review)) => (self.judge)(&review.status.unwrap_or_default(), &self.user),
             // Not kept: the next call asks again.
-            Ok(Err(error)) => return Err(ReviewError::Unavailable(error.to_string())),
-            Err(_) => return Err(ReviewError::Unavailable(format!("no answer in {REQUEST:?}"))),
+            Ok(Err(error)) if refused(&error) => return Err(ReviewError::Unavailable(error.to_string())),
+            Ok(Err(error)) => return self.without(key, error.to_string()),
+            Err(_) => return self.without(key, format!("no answer in {REQUEST:?}")),
         };
-        let lasts = if answer.is_ok() { GOOD.min(left(token)) } else { BAD };
-        self.keep(key, Kept { until: Instant::now() + lasts, answer: answer.clone() });
+        let now = Instant::now();
+        let kept = match &answer {
+            Ok(_) => (now + GOOD.min(left(token)), now + AWAY.min(left(token))),
+            Err(_) => (now + BAD, now),
+        };
+        self.keep(key, Kept { until: kept.0, away: kept.1, answer: answer.clone() });
         answer
+    }
+
+    /// What counts while the API server is away: its last answer, where that was good.
+    fn without(&self, key: [u8; 32], why: String) -> Result<Arc<str>, ReviewError> {
+        let mut kept = self.kept.lock();
+        let now = Instant::now();
+        match kept.get_mut(&key).filter(|k| k.away > now && k.answer.is_ok()) {
+            Some(known) => {
+                // Asked again soon, and not by each call: an API server that hangs would hold each up.
+                known.until = known.away.min(now + BAD);
+                tracing::debug!(why, "the API server cannot check a token now; its last answer counts");
+                known.answer.clone()
+            }
+            None => Err(ReviewError::Unavailable(why)),
+        }
     }
 
     fn kept(&self, key: &[u8; 32]) -> Option<Result<Arc<str>, ReviewError>> {
@@ -141,7 +182,7 @@ impl Reviewer {
         let mut kept = self.kept.lock();
         if kept.len() >= MAX_KEPT {
             let now = Instant::now();
-            kept.retain(|_, k| k.until > now);
+            kept.retain(|_, k| k.until.max(k.away) > now);
             // Still full: refused ones go, so that a flood of them cannot push agents out.
             if kept.len() >= MAX_KEPT {
                 kept.retain(|_, k| k.answer.is_ok());
@@ -176,6 +217,11 @@ impl std::fmt::Debug for Reviewer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Reviewer").field("user", &self.user).finish_non_exhaustive()
     }
+}
+
+/// Whether the API server is there and refuses the question itself.
+fn refused(error: &kube::Error) -> bool {
+    matches!(error, kube::Error::Api(status) if status.code < 500 && status.code != 429)
 }
 
 /// What a review's answer proves.
@@ -302,6 +348,34 @@ mod tests {
         assert!(judge_viewer(&TokenReviewStatus::default(), user).is_err());
         // Nor is a viewer an agent.
         assert!(judge(&status(|s| s["user"]["username"] = user.into()), USER).is_err());
+    }
+
+    #[tokio::test]
+    async fn a_good_answer_counts_while_the_api_server_is_away() {
+        let address = "http://127.0.0.1:1".parse().expect("address");
+        let client = kube::Client::try_from(kube::Config::new(address)).expect("client");
+        let reviewer = Reviewer::of(
+            &Cluster { client, namespace: "weft-system".into(), pod: "o".into() },
+            AGENT_ACCOUNT,
+            AUDIENCE,
+            judge,
+        );
+        let now = Instant::now();
+        let know = |token: &str, answer: Result<Arc<str>, ReviewError>, away: Duration| {
+            let key = Sha256::digest(token.as_bytes()).into();
+            reviewer.keep(key, Kept { until: now, away: now + away, answer });
+        };
+        know("good", Ok("node-a".into()), AWAY);
+        know("ended", Ok("node-a".into()), Duration::ZERO);
+        know("bad", Err(ReviewError::Refused("it is bad")), AWAY);
+        assert_eq!(reviewer.node("good").await, Ok("node-a".into()));
+        assert!(
+            reviewer.kept(&Sha256::digest(b"good").into()).is_some(),
+            "it is not asked about by each call"
+        );
+        for token in ["ended", "bad", "unknown"] {
+            assert!(matches!(reviewer.node(token).await, Err(ReviewError::Unavailable(_))), "{token}");
+        }
     }
 
     #[test]

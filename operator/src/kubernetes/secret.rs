@@ -13,13 +13,14 @@ use kube::{
     api::{ObjectMeta, PostParams},
     runtime::watcher,
 };
-use rustls_pki_types::{CertificateDer, PrivatePkcs8KeyDer, PrivateSec1KeyDer, pem::PemObject};
+use rustls_pki_types::{PrivatePkcs8KeyDer, PrivateSec1KeyDer, pem::PemObject};
+use tokio::sync::watch;
 use weft_core::TrustDomain;
 use weft_identity::ca::{CaError, EmbeddedCa};
 use weft_runtime::{Backoff, DrainWatcher};
 use zeroize::Zeroizing;
 
-use super::{CA_SECRET, Cluster, is_conflict, lease::Leadership};
+use super::{CA_SECRET, Cluster, ca::CaHealth, is_conflict, lease::Leadership};
 use crate::authority::{Authority, Offered, pem};
 
 /// Why there is no CA.
@@ -37,7 +38,8 @@ pub enum SecretError {
     },
     /// It is not there, and it is not Weft's to make.
     #[error(
-        "Secret {0} does not exist; create it, or take spec.issuer.embedded.secretRef out of the MeshConfig"
+        "Secret {0} does not exist; create it with tls.crt, tls.key and ca.crt, or take spec.issuer.embedded.secretRef out of \
+         the MeshConfig"
     )]
     Missing(Place),
     /// A part is missing.
@@ -87,12 +89,20 @@ pub struct CaSecret {
     api: Api<Secret>,
     place: Place,
     domain: TrustDomain,
+    health: watch::Sender<CaHealth>,
 }
 
 impl CaSecret {
     /// Of a mesh; nothing is read yet.
     pub fn new(cluster: &Cluster, place: Place, domain: TrustDomain) -> Self {
-        Self { api: Api::namespaced(cluster.client.clone(), &place.namespace), place, domain }
+        let health = watch::Sender::new(CaHealth::of(place.clone()));
+        Self { api: Api::namespaced(cluster.client.clone(), &place.namespace), place, domain, health }
+    }
+
+    /// Tells there how it goes.
+    #[must_use]
+    pub fn telling(self, health: watch::Sender<CaHealth>) -> Self {
+        Self { health, ..self }
     }
 
     /// Reads the CA, or makes it.
@@ -142,7 +152,12 @@ impl CaSecret {
                 }
                 Some(Err(error)) => {
                     if !std::mem::replace(&mut failing, true) {
-                        tracing::warn!("Secret {} cannot be watched: {error}", self.place);
+                        let remedy =
+                            "the operator needs get, list and watch on it (docs/rbac.md has the Role)";
+                        self.tell(Some(format!(
+                            "Secret {} cannot be watched: {error}; {remedy}",
+                            self.place
+                        )));
                     }
                     tokio::select! {
                         () = drain.draining() => return,
@@ -155,7 +170,11 @@ impl CaSecret {
 
     async fn take(&self, secret: Option<Secret>, authority: &Authority, leadership: &Leadership) {
         let Some(secret) = secret else {
-            if !self.place.own || !leadership.held() {
+            if !self.place.own {
+                self.tell(Some(SecretError::Missing(self.place.clone()).to_string()));
+                return;
+            }
+            if !leadership.held() {
                 tracing::warn!("Secret {} is gone; the CA in memory goes on", self.place);
                 return;
             }
@@ -166,18 +185,30 @@ impl CaSecret {
             // The watch brings it.
             return;
         };
-        let offered = self.read(&secret).and_then(|ca| {
-            let failed = |error| SecretError::Ca { place: self.place.clone(), error };
-            authority.offer(ca, SystemTime::now()).map_err(failed)
-        });
-        match offered {
+        match self.read(&secret).map(|ca| authority.offer(ca, SystemTime::now())) {
             Ok(Offered::Known) => {}
+            Ok(Offered::Replaced) => tracing::info!(
+                "Secret {} holds a new signing certificate below a root that is trusted: it signs from now on",
+                self.place
+            ),
             Ok(Offered::Staged) => tracing::info!(
                 "Secret {} holds a new root: it is trusted from now on and signs once every node knows it",
                 self.place
             ),
-            Err(error) => tracing::error!("the CA does not change: {error}"),
+            Err(error) => return self.tell(Some(error.to_string())),
         }
+        self.tell(None);
+    }
+
+    fn tell(&self, problem: Option<String>) {
+        if let Some(problem) = &problem {
+            tracing::error!("the CA does not change: {problem}");
+        }
+        self.health.send_if_modified(|health| {
+            let changed = health.problem != problem;
+            health.problem = problem;
+            changed
+        });
     }
 
     fn make(&self) -> Result<(EmbeddedCa, Secret), SecretError> {
@@ -213,35 +244,27 @@ impl CaSecret {
             let found = data.get(key).map(|b| b.0.as_slice()).filter(|b| !b.is_empty());
             found.ok_or_else(|| SecretError::Part { place: self.place.clone(), key })
         };
-        let bundle = data.get("ca.crt").map(|b| b.0.as_slice()).unwrap_or_default();
-        let whole = compose(part("tls.key")?, part("tls.crt")?, bundle);
         let failed = |error| SecretError::Ca { place: self.place.clone(), error };
-        EmbeddedCa::from_pem(&whole.map_err(failed)?, self.domain.clone()).map_err(failed)
+        let text = |bytes: &[u8], key: &'static str| {
+            let found = std::str::from_utf8(bytes).map(str::to_owned);
+            found.map_err(|_| SecretError::Part { place: self.place.clone(), key })
+        };
+        let key = pkcs8(part("tls.key")?).map_err(failed)?;
+        let chain = text(part("tls.crt")?, "tls.crt")?;
+        let roots = text(data.get("ca.crt").map(|b| b.0.as_slice()).unwrap_or_default(), "ca.crt")?;
+        EmbeddedCa::from_parts(&key, &chain, &roots, self.domain.clone()).map_err(failed)
     }
 }
 
-/// One PEM of the Secret's three: the key as PKCS#8, which cert-manager writes only when asked to, and every certificate
-/// once.
-fn compose(key: &[u8], certificate: &[u8], bundle: &[u8]) -> Result<Zeroizing<String>, CaError> {
-    let mut whole = Zeroizing::new(String::new());
+/// The key as PKCS#8, which cert-manager writes only when asked to.
+fn pkcs8(key: &[u8]) -> Result<Zeroizing<String>, CaError> {
     if let Ok(key) = PrivatePkcs8KeyDer::from_pem_slice(key) {
-        whole = Zeroizing::new(pem("PRIVATE KEY", key.secret_pkcs8_der()));
-    } else if let Ok(key) = PrivateSec1KeyDer::from_pem_slice(key) {
-        let failed = |_| CaError::Pem("the key is not ECDSA P-256");
-        let pair = EcdsaKeyPair::from_private_key_der(&ECDSA_P256_SHA256_ASN1_SIGNING, key.secret_sec1_der())
-            .map_err(failed)?;
-        let der = pair.to_pkcs8v1().map_err(|_| CaError::Pem("the key cannot be written as PKCS#8"))?;
-        whole = Zeroizing::new(pem("PRIVATE KEY", der.as_ref()));
+        return Ok(Zeroizing::new(pem("PRIVATE KEY", key.secret_pkcs8_der())));
     }
-    let mut known = Vec::new();
-    for text in [certificate, bundle] {
-        for found in CertificateDer::pem_slice_iter(text) {
-            let found = found.map_err(|_| CaError::Pem("a certificate is malformed"))?;
-            if !known.contains(&found) {
-                whole.push_str(&pem("CERTIFICATE", &found));
-                known.push(found);
-            }
-        }
-    }
-    Ok(whole)
+    let foreign = CaError::Pem("the key is not ECDSA P-256");
+    let Ok(key) = PrivateSec1KeyDer::from_pem_slice(key) else { return Err(foreign) };
+    let pair = EcdsaKeyPair::from_private_key_der(&ECDSA_P256_SHA256_ASN1_SIGNING, key.secret_sec1_der());
+    let der = pair.map_err(|_| foreign)?.to_pkcs8v1();
+    let der = der.map_err(|_| CaError::Pem("the key cannot be written as PKCS#8"))?;
+    Ok(Zeroizing::new(pem("PRIVATE KEY", der.as_ref())))
 }

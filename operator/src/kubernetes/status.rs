@@ -3,6 +3,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
+    ops::Bound,
     sync::Arc,
     time::Duration,
 };
@@ -18,13 +19,14 @@ use tokio::{
     sync::watch,
     time::{Instant, sleep, timeout},
 };
+use weft_core::Version;
 use weft_runtime::DrainWatcher;
 
-use super::{Cluster, MANAGER, acks::Acks, events::Events, lease::Leadership};
+use super::{Cluster, MANAGER, acks::Acks, ca::CaWatch, events::Events, lease::Leadership};
 use crate::{
     controller::Overview,
     distribution::Distribution,
-    index::Finding,
+    index::{Finding, Report},
     objects::{Kind, ObjectKey},
     source::kubernetes::{
         Observed,
@@ -42,6 +44,9 @@ const ROUND: Duration = Duration::from_millis(200);
 const AGAIN: Duration = Duration::from_secs(10);
 /// Writes in one round.
 const MAX_WRITES: usize = 64;
+/// Of them, those that only count nodes anew: one agent of a thousand that starts again changes every policy's status,
+/// twice.
+const MAX_PROGRESS: usize = 24;
 /// Writes at one time.
 const PARALLEL: usize = 8;
 /// Longest wait for the API server.
@@ -58,7 +63,10 @@ pub struct KubernetesStatus {
     leadership: Leadership,
     acks: Arc<Acks>,
     events: Events,
-    resting: HashMap<ObjectKey, Instant>,
+    resting: HashMap<Arc<ObjectKey>, Instant>,
+    /// Where the last round's counting of nodes stopped.
+    reached: Option<Arc<ObjectKey>>,
+    ca: Option<CaWatch>,
 }
 
 impl KubernetesStatus {
@@ -66,7 +74,13 @@ impl KubernetesStatus {
     pub fn new(cluster: Cluster, observed: Arc<Observed>, leadership: Leadership) -> Self {
         let events = Events::new(&cluster);
         let acks = Arc::new(Acks::new(&cluster));
-        Self { cluster, observed, leadership, acks, events, resting: HashMap::new() }
+        Self { cluster, observed, leadership, acks, events, resting: HashMap::new(), reached: None, ca: None }
+    }
+
+    /// Tells of the CA too, at the MeshConfig.
+    #[must_use]
+    pub fn with_ca(self, ca: CaWatch) -> Self {
+        Self { ca: Some(ca), ..self }
     }
 
     async fn follow(
@@ -105,6 +119,7 @@ impl KubernetesStatus {
                 changed = nodes.changed() => if changed.is_err() { return },
                 _ = observed.changed() => {}
                 _ = others.changed() => {}
+                () = CaWatch::changed(self.ca.as_mut()) => {}
                 () = sleep(AGAIN) => {}
             }
         }
@@ -117,28 +132,41 @@ impl KubernetesStatus {
         let time = format!("{:.0}", Timestamp::now());
         let now = Instant::now();
         self.resting.retain(|_, until| *until > now);
-        let mut patches = Vec::new();
-        let mut more = false;
         let mut progress = Progress::new(overview, &states);
-        for (key, (report, since)) in &overview.objects {
+        let ca = self.ca.as_ref().map(CaWatch::finding);
+        let (mut patches, mut counts) = (Vec::new(), Vec::new());
+        let mut more = false;
+        let start = self.reached.take();
+        for (key, (report, since)) in in_turn(overview, start.as_deref()) {
             if !carries_status(key.kind) || self.resting.contains_key(key) {
                 continue;
             }
             let Some(seen) = self.observed.get(key) else { continue };
             let wanted = Wanted {
-                findings: progress.findings(key, report, since.sequence),
+                findings: with_ca(key, ca.as_ref(), progress.findings(key, report, since.sequence)),
                 parents: &report.parents,
                 generation: report.generation,
                 time: &time,
             };
+            // What is new about the object itself goes before what is new about nodes.
             if let Some(status) = wanted.status(key, &seen) {
-                if patches.len() >= MAX_WRITES {
+                let (list, room) = if seen.speaks_of(report.generation) {
+                    (&mut counts, MAX_PROGRESS)
+                } else {
+                    (&mut patches, MAX_WRITES)
+                };
+                if list.len() < room {
+                    list.push((Arc::clone(key), patch(key, &seen, &status)));
+                } else {
                     more = true;
-                    break;
                 }
-                patches.push((key.clone(), patch(key, &seen, &status)));
             }
         }
+        let room = MAX_WRITES.saturating_sub(patches.len());
+        more |= counts.len() > room;
+        counts.truncate(room);
+        self.reached = counts.last().map(|(key, _)| Arc::clone(key));
+        patches.extend(counts);
         drop(progress);
         let writes = patches.into_iter().map(|(key, patch)| {
             let (cluster, leadership) = (self.cluster.clone(), self.leadership.clone());
@@ -164,10 +192,21 @@ impl KubernetesStatus {
             }
         }
         if self.leadership.held() {
-            self.events.publish(overview, &self.observed).await;
+            self.events.publish(overview, &self.observed, ca.as_ref()).await;
         }
         more
     }
+}
+
+/// The objects in their order, beginning behind one of them.
+fn in_turn<'o>(
+    overview: &'o Overview,
+    behind: Option<&ObjectKey>,
+) -> impl Iterator<Item = (&'o Arc<ObjectKey>, &'o (Arc<Report>, Version))> {
+    let all = &overview.objects;
+    let rest = behind.map(|key| all.range::<ObjectKey, _>((Bound::Excluded(key), Bound::Unbounded)));
+    let end = behind.map_or(Bound::Unbounded, Bound::Included);
+    rest.into_iter().flatten().chain(all.range::<ObjectKey, _>((Bound::Unbounded, end)))
 }
 
 impl WriteStatus for KubernetesStatus {
@@ -183,6 +222,18 @@ impl WriteStatus for KubernetesStatus {
             futures_util::join!(self.follow(overview, distribution, drain), exchange);
         })
     }
+}
+
+/// The MeshConfig's findings, and how the CA is doing.
+fn with_ca(
+    key: &ObjectKey,
+    ca: Option<&Finding>,
+    mut findings: Vec<(&'static str, Finding)>,
+) -> Vec<(&'static str, Finding)> {
+    if key.kind == Kind::MeshConfig {
+        findings.extend(ca.map(|finding| ("CertificateAuthority", finding.clone())));
+    }
+    findings
 }
 
 async fn write(cluster: &Cluster, key: &ObjectKey, patch: &Value) -> Result<DynamicObject, String> {
@@ -308,7 +359,7 @@ pub(super) fn refusals<'o>(
     observed: &Observed,
 ) -> BTreeMap<&'o ObjectKey, (&'static str, &'o str)> {
     let mut refusals = BTreeMap::new();
-    for (key, (report, _)) in &overview.objects {
+    for (key, (report, _)) in overview.objects.iter().map(|(key, known)| (&**key, known)) {
         // A route of somebody else's Gateway is not ours to speak of.
         let foreign = key.kind == Kind::HttpRoute
             && observed

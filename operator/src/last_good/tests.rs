@@ -97,7 +97,7 @@ impl Operator {
 
     fn report(&self, kind: Kind) -> Report {
         let overview = self.controller.overview.borrow().clone();
-        overview.objects.iter().find(|(k, _)| k.kind == kind).unwrap().1.0.clone()
+        Report::clone(&overview.objects.iter().find(|(k, _)| k.kind == kind).unwrap().1.0)
     }
 }
 

@@ -12,15 +12,17 @@ use tonic::{Request, Response, Status};
 use weft_proto::{
     observer::{self, observer_server},
     relay::NodeState,
-    weft_relay::{NodeStatus, Silent, StatusRequest, StatusResponse, mesh_server},
+    weft_relay::{NodeStatus, ProbeRequest, ProbeResult, Silent, StatusRequest, StatusResponse, mesh_server},
 };
 use weft_runtime::{DrainWatcher, Tasks};
 
-use super::{Relay, flows, status_of, viewers::Viewers};
+use super::{Relay, flows, probe_by, status_of, viewers::Viewers};
 use crate::auth::{Refused, bearer};
 
 /// How long an agent may take to say how it is.
 const ANSWER: Duration = Duration::from_secs(5);
+/// How long a probe may take.
+const PROBE: Duration = Duration::from_secs(12);
 /// Calls of people at one time.
 const MAX_CALLS: usize = 32;
 /// Answers that wait for a person.
@@ -88,6 +90,18 @@ impl mesh_server::Mesh for People {
         let _permit = self.enter(&request).await?;
         let (nodes, silent) = self.states().await;
         Ok(Response::new(StatusResponse { nodes, silent }))
+    }
+
+    async fn probe(&self, request: Request<ProbeRequest>) -> Result<Response<ProbeResult>, Status> {
+        let _permit = self.enter(&request).await?;
+        let ProbeRequest { node, probe } = request.into_inner();
+        let probe = probe.ok_or_else(|| Status::invalid_argument("it says no Pod"))?;
+        let agent = self.relay.agents().into_iter().find(|agent| *agent.node == *node);
+        let agent =
+            agent.ok_or_else(|| Status::not_found("the node's agent is not connected to this replica"))?;
+        let outcome = timeout(PROBE, probe_by(&agent, probe)).await;
+        let late = |_| Status::deadline_exceeded(format!("no answer within {} s", PROBE.as_secs()));
+        outcome.map_err(late)?.map(Response::new)
     }
 }
 

@@ -16,7 +16,7 @@ use weft_proto::{
     },
     relay::NodeState,
     weft_relay::{
-        End, Hello, StatusRequest, mesh_client::MeshClient, mesh_server::MeshServer,
+        End, Hello, ProbeRequest, StatusRequest, mesh_client::MeshClient, mesh_server::MeshServer,
         relay_client::RelayClient, relay_server::RelayServer,
     },
 };
@@ -279,7 +279,7 @@ async fn states_are_told_and_silence_is_named() {
     let answers = async {
         let (qa, qb) = tokio::join!(a.question(), b.question());
         let agent = Some(AgentState { node: "a".into(), ..AgentState::default() });
-        a.say(qa.id, Body::Status(NodeStatus { agent, clock: None, mtu: 1500 })).await;
+        a.say(qa.id, Body::Status(NodeStatus { agent, mtu: 1500, ..NodeStatus::default() })).await;
         a.done(qa.id).await;
         b.say(qb.id, Body::End(End { code: Code::Internal.into(), message: "broken".into() })).await;
     };
@@ -287,6 +287,37 @@ async fn states_are_told_and_silence_is_named() {
     let answer = answer.unwrap().into_inner();
     assert_eq!(answer.nodes[0].mtu, 1500);
     assert_eq!((answer.silent[0].node.as_str(), answer.silent[0].problem.as_str()), ("b", "broken"));
+}
+
+#[tokio::test]
+async fn a_probe_is_made_by_its_nodes_agent_for_who_may_see_flows() {
+    let fixture = start().await;
+    let mut a = fixture.agent("a").await.unwrap();
+    let mut client = MeshClient::new(fixture.channel.clone());
+    let probe = Probe { namespace: "shop".into(), pod: "web".into(), address: "10.1.1.1".into(), port: 80 };
+    let request = |node: &str| ProbeRequest { node: node.into(), probe: Some(probe.clone()) };
+    let refused = client.probe(with_token(request("a"), "a")).await.unwrap_err();
+    assert_eq!(refused.code(), Code::Unauthenticated);
+    assert_eq!(client.probe(with_token(request("b"), "viewer")).await.unwrap_err().code(), Code::NotFound);
+    let outcome = ProbeResult { error: "connection refused".into(), flow: Some(flow("a", 1)) };
+    for end in [Code::Ok, Code::FailedPrecondition] {
+        let asked = client.probe(with_token(request("a"), "viewer"));
+        let answers = async {
+            let question = a.question().await;
+            assert_eq!(question.question, Some(Asked::Probe(probe.clone())));
+            // Something that only a later version knows.
+            a.out.send(Answer { id: question.id, answer: None }).await.unwrap();
+            if end == Code::Ok {
+                a.say(question.id, Body::Probe(outcome.clone())).await;
+            }
+            a.say(question.id, Body::End(End { code: end.into(), message: "held".into() })).await;
+        };
+        let (answer, ()) = tokio::join!(asked, answers);
+        match end {
+            Code::Ok => assert_eq!(answer.unwrap().into_inner(), outcome),
+            _ => assert_eq!(answer.unwrap_err().code(), end),
+        }
+    }
 }
 
 #[tokio::test]

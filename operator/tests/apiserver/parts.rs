@@ -253,7 +253,7 @@ async fn a_rotation_refuses_no_handshake(server: &ApiServer) {
     let secret = CaSecret::new(&cluster, Place::own(&cluster), domain());
     let ca = secret.open().await.unwrap();
     let old = ca.roots()[0].clone();
-    let authority = Arc::new(Authority::new(ca, PROPAGATION).unwrap());
+    let authority = Arc::new(Authority::new(ca, PROPAGATION));
     let (trigger, watcher) = drain::channel();
     let (lease, leadership) = Lease::new(&cluster);
     let bundle = BundleWriter::new(&cluster);
@@ -321,8 +321,7 @@ async fn a_rotation_refuses_no_handshake(server: &ApiServer) {
     let late = Authority::new(
         CaSecret::new(&cluster, Place::own(&cluster), domain()).open().await.unwrap(),
         PROPAGATION,
-    )
-    .unwrap();
+    );
     BundleWriter::new(&cluster).adopt(&late).await.unwrap();
     assert_eq!(late.ca().roots(), [new.roots()[0].clone(), old]);
     // Deleted, it is made anew, and the one in memory goes on until the new one is known.

@@ -181,11 +181,10 @@ async fn malformed_objects_harm_no_other(client: &kube::Client, feed: &mut Feed)
     crds.replace(name, &Default::default(), &loose).await.unwrap();
     let bad = "{apiVersion: weft.mesh/v1alpha1, kind: AuthorizationPolicy, metadata: {name: bad, namespace: shop}, \
                spec: {targetRefs: 7, action: ALOW}}";
-    loop {
-        // Until the API server works with the loosened schema.
-        if try_apply(client, bad).await.is_ok() {
-            break;
-        }
+    // Until the API server works with the loosened schema.
+    let deadline = tokio::time::Instant::now() + WAIT;
+    while let Err(error) = try_apply(client, bad).await {
+        assert!(tokio::time::Instant::now() < deadline, "{error:?}");
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
     let change = feed.until("the malformed policy", |c| is(c, Kind::AuthorizationPolicy, "bad")).await;

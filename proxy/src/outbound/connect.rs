@@ -138,7 +138,7 @@ impl Dialler {
                 pod: self.source.name.name.to_string(),
             },
         };
-        let connected = self.pod.pool.connect(&key, &credentials, &request).await;
+        let connected = self.pod.pool().connect(&key, &credentials, &request).await;
         let (stream, session) = connected.inspect_err(|error| {
             if error.reason == Reason::IdentityMismatch {
                 self.shared.metrics.peer_mismatches.inc();

@@ -55,11 +55,17 @@ impl HttpOutbound {
         port: u16,
     ) -> Result<(Target, Option<Target>), LocalReply> {
         let like = self.record.source.address.ip();
-        let targets =
-            state.service(service).map(|s| resolve::ready(state, s, port, like)).unwrap_or_default();
+        let service = state.service(service);
+        let source = &self.dialler.source;
+        let targets = service.map(|s| resolve::ready(state, source, s, port, like)).unwrap_or_default();
         let chosen = self.dialler.pod.balancer.choose(&targets, |t| t.address);
-        let (target, alternate) =
-            chosen.ok_or_else(|| self.reply(503, Reason::NoEndpoint, "no endpoint is ready"))?;
+        let why = match service {
+            Some(service) if service.node_local => {
+                "no endpoint on this node is ready, and internalTrafficPolicy is Local"
+            }
+            _ => "no endpoint is ready",
+        };
+        let (target, alternate) = chosen.ok_or_else(|| self.reply(503, Reason::NoEndpoint, why))?;
         Ok((target.clone(), alternate.cloned()))
     }
 }

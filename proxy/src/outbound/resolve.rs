@@ -10,7 +10,7 @@ use weft_core::{
     workload::Mode,
 };
 
-use crate::l7::Target;
+use crate::{connections::TCP, l7::Target};
 
 /// Where a connection goes.
 #[derive(Debug)]
@@ -41,13 +41,13 @@ pub(super) fn resolve(
     source: &Workload,
     address: SocketAddr,
 ) -> Result<Resolved, Unresolved> {
-    if let Some(service) = state.service_at(address.ip()) {
-        let port = service.port(address.port()).ok_or(Unresolved::Refused(Reason::NoEndpoint))?;
+    if let Some((service, port)) = state.dialled(address, TCP) {
+        let port = service.port(port).ok_or(Unresolved::Refused(Reason::NoEndpoint))?;
         let routed = || !route::attached(state, &service.name, port.port, &source.name.namespace).is_empty();
         if port.app_protocol == AppProtocol::Http || routed() {
             return Ok(Resolved::Http { service: service.name.clone(), port: port.port });
         }
-        let targets = ready(state, service, port.port, address.ip());
+        let targets = ready(state, source, service, port.port, address.ip());
         return if targets.is_empty() {
             Err(Unresolved::Refused(Reason::NoEndpoint))
         } else {
@@ -62,12 +62,22 @@ pub(super) fn resolve(
 }
 
 /// The ready endpoints of a Service's port, of the family of `like` where there are any: a dual-stack Service has
-/// an EndpointSlice per family, and an address stands for the slice of its own.
-pub(super) fn ready(state: &MeshState, service: &Service, port: u16, like: IpAddr) -> Vec<Target> {
+/// an EndpointSlice per family, and an address stands for the slice of its own. Where the Service asks for it, only
+/// those of the node of `source`.
+pub(super) fn ready(
+    state: &MeshState,
+    source: &Workload,
+    service: &Service,
+    port: u16,
+    like: IpAddr,
+) -> Vec<Target> {
+    let near = |e: &Endpoint| !service.node_local || e.node.as_ref() == Some(&source.node);
     let targets = |same_family: bool| {
         let v4 = like.to_canonical().is_ipv4() == same_family;
-        let endpoints =
-            service.endpoints.iter().filter(move |e| e.ready && e.address.to_canonical().is_ipv4() == v4);
+        let endpoints = service
+            .endpoints
+            .iter()
+            .filter(move |e| e.ready && near(e) && e.address.to_canonical().is_ipv4() == v4);
         endpoints.filter_map(|endpoint| target(state, service, port, endpoint)).collect::<Vec<_>>()
     };
     let same = targets(true);

@@ -46,7 +46,8 @@ async fn the_end_of_the_servers_certificate_ends_its_connections() {
     let (a, b) = (mesh.node("node-a"), mesh.node("node-b"));
     let (client, web) = (mesh.pod(&a, "client"), mesh.pod(&b, "web"));
     let mut stream = opened(&mesh, (&b, &web), &client, &web).await;
-    let pool = &a.proxy.shared().pod(&client.uid).expect("the Pod").pool;
+    let pod = a.proxy.shared().pod(&client.uid).expect("the Pod");
+    let pool = pod.pool();
     is_reset(&mut stream).await;
     let end = a.records.find("the end", |r| !r.opening).await;
     assert_eq!((end.verdict, end.reason), (Verdict::Error, Reason::NoCredentials));
@@ -71,7 +72,8 @@ async fn a_tunnel_retires_before_its_end() {
     let mut first = client.dial(app).await;
     soon("an echo", ping(&mut first, b"old")).await.expect("an echo");
     b.publisher.publish(Mesh::credentials(&mesh.ca, &web.workload.identity));
-    let pool = &a.proxy.shared().pod(&client.uid).expect("the Pod").pool;
+    let pod = a.proxy.shared().pod(&client.uid).expect("the Pod");
+    let pool = pod.pool();
     soon("a second tunnel", async {
         while pool.connections() < 2 {
             ping(&mut client.dial(app).await, b"new").await.expect("an echo");
@@ -107,7 +109,8 @@ async fn a_connection_outlives_renewed_certificates_and_ends_when_the_issuer_sto
     }
     let mut stream = client.dial(web.echo().await).await;
     renewed(&mesh, &[(&a, &client), (&b, &web)], &mut stream).await;
-    let pool = &a.proxy.shared().pod(&client.uid).expect("the Pod").pool;
+    let pod = a.proxy.shared().pod(&client.uid).expect("the Pod");
+    let pool = pod.pool();
     assert!(pool.connections() <= 6, "{} tunnels for one connection", pool.connections());
     // Nobody signs for the server any more; the client has what it needs.
     a.publisher.publish(Mesh::credentials(&mesh.ca, &client.workload.identity));

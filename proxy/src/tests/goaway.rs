@@ -205,6 +205,7 @@ async fn an_idle_tunnel_is_closed() {
     let (_request, respond) = next(&mut server).await;
     drop((stream, respond));
     soon("the end", async { while server.accept().await.is_some_and(|r| r.is_ok()) {} }).await;
-    let pool = &node.proxy.shared().pod(&client.uid).expect("the Pod").pool;
+    let pod = node.proxy.shared().pod(&client.uid).expect("the Pod");
+    let pool = pod.pool();
     assert_eq!(pool.connections(), 0);
 }

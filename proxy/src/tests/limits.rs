@@ -35,7 +35,7 @@ async fn a_thousand_connections_at_once() {
         open.push(stream);
     }
     assert_eq!(open.len(), 1000);
-    let tunnels = a.proxy.shared().pod(&client.uid).expect("the Pod").pool.connections();
+    let tunnels = a.proxy.shared().pod(&client.uid).expect("the Pod").pool().connections();
     assert_eq!(tunnels, 1000 / MAX_STREAMS as usize);
 }
 
@@ -63,7 +63,7 @@ async fn stalled_streams_do_not_hold_up_others() {
     let echo = web.echo().await;
     let mut stream = client.dial(echo).await;
     soon("an echo beside stalled streams", ping(&mut stream, &vec![1; 1024 * 1024])).await.expect("an echo");
-    let tunnels = a.proxy.shared().pod(&client.uid).expect("the Pod").pool.connections();
+    let tunnels = a.proxy.shared().pod(&client.uid).expect("the Pod").pool().connections();
     assert_eq!(tunnels, 1, "they share one connection");
 }
 
@@ -78,7 +78,8 @@ async fn drain_lets_connections_end_and_takes_no_more() {
     let trigger = b.drain;
     let draining = trigger.drain(Duration::from_secs(15));
     let talk = async {
-        let pool = &a.proxy.shared().pod(&client.uid).expect("the Pod").pool;
+        let pod = a.proxy.shared().pod(&client.uid).expect("the Pod");
+        let pool = pod.pool();
         // The tunnel's peer says that it takes no more.
         soon("a goodbye", async {
             while tokio::net::TcpStream::connect((web.ip, mesh.tunnel_port())).await.is_ok() {

@@ -109,7 +109,8 @@ async fn a_peer_that_is_not_who_it_should_be_is_refused() {
     };
     let request = crate::tunnel::ConnectRequest { authority: app, source: Default::default() };
     let pod = a.proxy.shared().pod(&client.uid).expect("the Pod");
-    let refused = soon("a refusal", pod.pool.connect(&key, &expected, &request)).await.expect_err("refused");
+    let refused =
+        soon("a refusal", pod.pool().connect(&key, &expected, &request)).await.expect_err("refused");
     assert_eq!(refused.reason, Reason::IdentityMismatch, "{refused}");
 }
 

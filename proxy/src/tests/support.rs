@@ -33,7 +33,7 @@ use weft_core::{
     workload::{FailMode, Mode, Owner},
 };
 use weft_identity::{CredentialPublisher, Credentials, SvidKey, ca::EmbeddedCa, credentials};
-use weft_runtime::{Tasks, drain};
+use weft_runtime::{Tasks, Workers, drain};
 
 use crate::{Family, OriginalDst, PodHandle, PodListeners, PodNet, Proxy, ProxyConfig};
 
@@ -183,6 +183,15 @@ impl Mesh {
     }
 
     pub(super) fn node_with(&self, name: &'static str, change: impl FnOnce(&mut ProxyConfig)) -> Node {
+        self.node_of(name, Workers::none(), change)
+    }
+
+    pub(super) fn node_of(
+        &self,
+        name: &'static str,
+        workers: Workers,
+        change: impl FnOnce(&mut ProxyConfig),
+    ) -> Node {
         let (publisher, reader) = credentials();
         let (drain, watcher) = drain::channel();
         let (tasks, records, mut registry) =
@@ -190,7 +199,16 @@ impl Mesh {
         let mut config = ProxyConfig { tunnel_port: self.port, node: name.into(), ..ProxyConfig::default() };
         change(&mut config);
         let state = self.state.subscribe();
-        let proxy = Proxy::new(config, state, reader, records.clone(), &mut registry, tasks.clone(), watcher);
+        let proxy = Proxy::new(
+            config,
+            state,
+            reader,
+            records.clone(),
+            &mut registry,
+            tasks.clone(),
+            workers,
+            watcher,
+        );
         Node { name, proxy, records, publisher, drain, registry, tasks }
     }
 
@@ -260,6 +278,7 @@ impl Mesh {
             policies: Vec::new(),
             network_policy: false,
             netns: None,
+            host_addresses: Vec::new(),
         }
     }
 
@@ -324,8 +343,11 @@ impl Mesh {
                     packet_ports: Vec::new(),
                     workload: Some(pod.uid.clone()),
                     ready: true,
+                    node: None,
                 })
                 .collect(),
+            fronts: Vec::new(),
+            node_local: false,
         };
         self.apply(vec![Resource::Service(Arc::new(service))], vec![]);
         SocketAddr::new(vip, 80)

@@ -11,7 +11,7 @@ use std::{
     time::{Instant, SystemTime},
 };
 
-use http::{Method, Request, StatusCode, Uri};
+use http::{HeaderMap, StatusCode};
 use parking_lot::Mutex;
 use weft_core::{SpiffeId, WorkloadUid, flow::Reason};
 use weft_identity::{CredentialReader, Credentials};
@@ -22,7 +22,7 @@ use self::{
     slot::{Place, Slot, Tunnel},
 };
 use super::{ConnectRequest, Session, Stream, Times, validity::Validities};
-use crate::{l7::ConnectError, platform::PodNet};
+use crate::{hbone::Lost, l7::ConnectError, platform::PodNet};
 
 mod dial;
 mod drive;
@@ -197,7 +197,8 @@ impl Inner {
             return Err(ConnectError::new(Reason::LimitReached, text));
         }
         let config = credentials.client_config(&key.expected);
-        let (send, connection, mut session) = dial::handshake(&*self.net, key, &config, self.times).await?;
+        let (opener, control, connection, mut session) =
+            dial::handshake(&*self.net, key, &config, self.times).await?;
         session.validity = self.theirs.share(key.clone(), session.expires);
         let ours = self.ours.share(key.clone(), credentials.not_after());
         let proof = Proof {
@@ -205,7 +206,7 @@ impl Inner {
             ours: (ours.clone(), credentials.not_after()),
         };
         let tunnel = Arc::new(Tunnel {
-            send,
+            opener,
             ours,
             retires: session.retires(SystemTime::now()),
             session,
@@ -224,7 +225,7 @@ impl Inner {
         slot.connections.lock().push(tunnel);
         let count = Count::new(&self.open);
         self.tasks.spawn("tunnel", async move {
-            driver.run(connection).await;
+            driver.run(control, connection).await;
             drop(count);
         });
         Ok(place)
@@ -248,25 +249,18 @@ impl Drop for Count {
 
 async fn open(place: Place, request: &ConnectRequest) -> Result<Stream, OpenError> {
     let tunnel = place.0.clone();
-    let lost = |error: h2::Error| {
+    let lost = |lost: Lost| {
         // A connection that no longer takes streams is left to end with those it has.
         tunnel.closed.store(true, Ordering::Release);
-        OpenError::Connection(error.to_string())
+        OpenError::Connection(lost.to_string())
     };
     let refused = |reason, text: String| Err(OpenError::Refused(ConnectError::new(reason, text)));
-    let mut connect = Request::new(());
-    *connect.method_mut() = Method::CONNECT;
-    let Ok(uri) = Uri::builder().authority(request.authority.to_string()).build() else {
-        return refused(Reason::ProtocolError, format!("{} is no authority", request.authority));
-    };
-    *connect.uri_mut() = uri;
-    request.source.write(tunnel.session.local.ip(), connect.headers_mut());
-    let mut send = tunnel.send.clone().ready().await.map_err(lost)?;
-    let (response, body) = send.send_request(connect, false).map_err(lost)?;
-    drop(send);
-    let response = match response.await {
-        Ok(response) => response,
-        Err(error) if error.is_reset() && error.reason() != Some(h2::Reason::REFUSED_STREAM) => {
+    let mut headers = HeaderMap::new();
+    request.source.write(tunnel.session.local.ip(), &mut headers);
+    let opening = tunnel.opener.open(request.authority, &headers).map_err(lost)?;
+    let (status, stream) = match opening.answer().await {
+        Ok(answer) => answer,
+        Err(Lost::Reset(_)) => {
             return refused(
                 Reason::PeerReset,
                 format!("the proxy of {} reset the CONNECT", request.authority),
@@ -275,10 +269,10 @@ async fn open(place: Place, request: &ConnectRequest) -> Result<Stream, OpenErro
         Err(error) => return Err(lost(error)),
     };
     let authority = request.authority;
-    match response.status() {
+    match status {
         StatusCode::OK => {
             let (validity, retires) = (tunnel.session.validity.clone(), tunnel.retires);
-            Ok(Stream::new(body, response.into_body()).of(Box::new(place), validity, retires))
+            Ok(Stream::new(stream).of(Box::new(place), validity, retires))
         }
         StatusCode::UNAUTHORIZED => {
             refused(Reason::PolicyDenied, format!("the proxy of {authority} refuses this identity by policy"))

@@ -2,19 +2,18 @@
 
 use std::{hash::Hash, net::SocketAddr, sync::Arc};
 
-use bytes::Bytes;
-use h2::server::{Connection, SendResponse};
-use http::{Method, Response, StatusCode};
+use http::{Method, StatusCode};
 use rustls_pki_types::CertificateDer;
 use tokio::net::TcpStream;
-use tokio_rustls::{TlsAcceptor, server::TlsStream};
+use tokio_rustls::TlsAcceptor;
 use weft_runtime::DrainWatcher;
 
 use super::{
-    CONNECTION_WINDOW, ConnectRequest, MAX_FRAME, MAX_HEADERS, MAX_STREAMS, PARTING, STREAM_WINDOW, Session,
-    SourceInfo, Stream, Times, expiry, headers, keep_alive, negotiated,
+    ConnectRequest, PARTING, SETTINGS, Session, SourceInfo, Stream, Times, expiry, headers, keep_alive,
+    negotiated,
     validity::{Validities, Validity},
 };
+use crate::hbone::{self, Connection, Control, Lost, Request, Requests};
 
 /// Why no tunnel came to be.
 #[derive(Debug, thiserror::Error)]
@@ -25,9 +24,6 @@ pub enum AcceptError {
     /// TLS failed: a wrong certificate, garbage, or the peer went away.
     #[error("TLS handshake with the peer failed: {0}")]
     Tls(#[source] std::io::Error),
-    /// The peer speaks no HTTP/2.
-    #[error("the peer speaks no HTTP/2: {0}")]
-    Http(#[from] h2::Error),
     /// The peer showed no certificate, or none that can be read.
     #[error("the peer showed no certificate that can be read")]
     NoCertificate,
@@ -35,18 +31,19 @@ pub enum AcceptError {
 
 /// One accepted tunnel connection.
 pub struct Server {
-    connection: Connection<TlsStream<TcpStream>, Bytes>,
-    pings: Option<h2::PingPong>,
+    connection: Connection,
+    requests: Requests,
+    control: Control,
     session: Session,
     certificates: Vec<CertificateDer<'static>>,
     times: Times,
 }
 
 impl Server {
-    /// TLS and HTTP/2 handshake on an accepted socket.
+    /// The TLS handshake on an accepted socket.
     ///
     /// # Errors
-    /// When either fails or takes too long.
+    /// When it fails or takes too long.
     pub async fn accept(
         socket: TcpStream,
         config: Arc<rustls::ServerConfig>,
@@ -70,17 +67,9 @@ impl Server {
                 expires,
                 validity: Validity::new(expires),
             };
-            let mut connection = h2::server::Builder::new()
-                .initial_window_size(STREAM_WINDOW)
-                .initial_connection_window_size(CONNECTION_WINDOW)
-                .max_concurrent_streams(MAX_STREAMS)
-                .max_frame_size(MAX_FRAME)
-                .max_header_list_size(MAX_HEADERS)
-                .max_send_buffer_size(STREAM_WINDOW as usize)
-                .handshake(tls)
-                .await?;
-            let pings = connection.ping_pong();
-            Ok(Self { connection, pings, session, certificates, times })
+            let (socket, tls) = tls.into_inner();
+            let (requests, control, connection) = Connection::server(socket, tls, SETTINGS);
+            Ok(Self { connection, requests, control, session, certificates, times })
         };
         tokio::time::timeout(times.handshake, handshake).await.map_err(|_| AcceptError::Timeout)?
     }
@@ -111,13 +100,14 @@ impl Server {
     /// # Errors
     /// When the connection failed.
     pub async fn run(
-        mut self,
+        self,
         drain: DrainWatcher,
         serve: impl Fn(Incoming),
         malformed: impl Fn(&'static str),
-    ) -> Result<(), h2::Error> {
-        let mut alive = std::pin::pin!(keep_alive(self.pings.take(), self.times, || ()));
-        let validity = self.session.validity.clone();
+    ) -> Result<(), hbone::Error> {
+        let Self { mut connection, mut requests, control, session, times, .. } = self;
+        let mut alive = std::pin::pin!(keep_alive(control.clone(), times, || ()));
+        let validity = session.validity;
         let mut expired = std::pin::pin!(validity.passed());
         let mut gone = std::pin::pin!(async {
             validity.passed().await;
@@ -126,25 +116,22 @@ impl Server {
         let (mut draining, mut parting) = (false, false);
         loop {
             tokio::select! {
-                request = self.connection.accept() => match request {
-                    Some(Ok((request, respond))) => match parse(&request) {
-                        Ok(parsed) => serve(Incoming::new(parsed, request.into_body(), respond)),
-                        Err(problem) => {
-                            malformed(problem);
-                            refuse(respond, StatusCode::BAD_REQUEST);
-                        }
-                    },
-                    Some(Err(error)) => return Err(error),
-                    None => return Ok(()),
+                ended = &mut connection => return ended,
+                Some(request) = requests.next() => match parse(&request) {
+                    Ok(parsed) => serve(Incoming { request: parsed.request, forwarded: parsed.forwarded, stream: request }),
+                    Err(problem) => {
+                        malformed(problem);
+                        request.refuse(StatusCode::BAD_REQUEST);
+                    }
                 },
                 () = drain.draining(), if !draining => {
                     draining = true;
-                    self.connection.graceful_shutdown();
+                    control.leave();
                 }
                 () = &mut alive => return Ok(()),
                 () = &mut expired, if !parting => {
                     parting = true;
-                    self.connection.graceful_shutdown();
+                    control.leave();
                 }
                 () = &mut gone => return Ok(()),
             }
@@ -157,19 +144,19 @@ struct Parsed {
     forwarded: std::net::IpAddr,
 }
 
-fn parse(request: &http::Request<h2::RecvStream>) -> Result<Parsed, &'static str> {
-    if request.method() != Method::CONNECT {
+fn parse(request: &Request) -> Result<Parsed, &'static str> {
+    if request.method != Method::CONNECT {
         return Err("the method is not CONNECT");
     }
     let authority: SocketAddr = request
-        .uri()
-        .authority()
-        .and_then(|a| a.as_str().parse().ok())
+        .authority
+        .as_deref()
+        .and_then(|a| a.parse().ok())
         .ok_or("the authority of the CONNECT is not an IP address and a port")?;
     let forwarded =
-        headers::forwarded_for(request.headers()).ok_or("the forwarded header does not name one client")?;
+        headers::forwarded_for(&request.headers).ok_or("the forwarded header does not name one client")?;
     Ok(Parsed {
-        request: ConnectRequest { authority, source: SourceInfo::read(request.headers()) },
+        request: ConnectRequest { authority, source: SourceInfo::read(&request.headers) },
         forwarded,
     })
 }
@@ -178,15 +165,10 @@ fn parse(request: &http::Request<h2::RecvStream>) -> Result<Parsed, &'static str
 pub struct Incoming {
     request: ConnectRequest,
     forwarded: std::net::IpAddr,
-    recv: h2::RecvStream,
-    respond: SendResponse<Bytes>,
+    stream: Request,
 }
 
 impl Incoming {
-    fn new(parsed: Parsed, recv: h2::RecvStream, respond: SendResponse<Bytes>) -> Self {
-        Self { request: parsed.request, forwarded: parsed.forwarded, recv, respond }
-    }
-
     /// What is wanted.
     pub fn request(&self) -> &ConnectRequest {
         &self.request
@@ -201,26 +183,17 @@ impl Incoming {
     ///
     /// # Errors
     /// When the peer went away.
-    pub fn accept(mut self) -> Result<Stream, h2::Error> {
-        let send = self.respond.send_response(Response::new(()), false)?;
-        Ok(Stream::new(send, self.recv))
+    pub fn accept(self) -> Result<Stream, Lost> {
+        self.stream.accept().map(Stream::new)
     }
 
     /// Says that nothing of it was done, and that it may be sent again on another connection (RFC 9113 section 8.7).
-    pub fn postpone(mut self) {
-        self.respond.send_reset(h2::Reason::REFUSED_STREAM);
+    pub fn postpone(self) {
+        self.stream.postpone();
     }
 
     /// Answers with another status and ends the stream.
     pub fn refuse(self, status: StatusCode) {
-        refuse(self.respond, status);
-    }
-}
-
-fn refuse(mut respond: SendResponse<Bytes>, status: StatusCode) {
-    let mut response = Response::new(());
-    *response.status_mut() = status;
-    if let Err(error) = respond.send_response(response, true) {
-        tracing::debug!(%error, "the peer went away before it was refused");
+        self.stream.refuse(status);
     }
 }

@@ -1,28 +1,21 @@
-//! One CONNECT as a byte stream.
+//! One CONNECT as a byte stream of the proxy.
 
 use std::{
     io,
     pin::Pin,
-    task::{Context, Poll, ready},
+    task::{Context, Poll},
     time::Instant,
 };
 
-use bytes::{Buf, Bytes};
-use h2::{Reason, RecvStream, SendStream};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::validity::Validity;
-use crate::{l7::Io, socket::Cut};
+use crate::{hbone, l7::Io, socket::Cut};
 
-/// The bytes of one CONNECT. END_STREAM and half-close are the same thing in both directions; a reset of the stream
-/// or the loss of its connection is an error, never an end. Dropped before both directions ended, it resets.
+/// A stream of a tunnel, with what it has of the connection that it was opened on.
+#[derive(Debug)]
 pub struct Stream {
-    send: SendStream<Bytes>,
-    recv: RecvStream,
-    /// Received, not yet delivered.
-    chunk: Bytes,
-    read_closed: bool,
-    write_closed: bool,
+    inner: hbone::Stream,
     pooled: Option<Pooled>,
 }
 
@@ -34,12 +27,15 @@ struct Pooled {
     retires: Instant,
 }
 
-/// Most bytes taken by one write: a stream that finds a large window still lets others in between.
-const MAX_WRITE: usize = 64 * 1024;
+impl std::fmt::Debug for Pooled {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Pooled").field("validity", &self.validity).finish_non_exhaustive()
+    }
+}
 
 impl Stream {
-    pub(super) fn new(send: SendStream<Bytes>, recv: RecvStream) -> Self {
-        Self { send, recv, chunk: Bytes::new(), read_closed: false, write_closed: false, pooled: None }
+    pub(super) fn new(inner: hbone::Stream) -> Self {
+        Self { inner, pooled: None }
     }
 
     /// A stream of a pooled connection, which ends with `validity` and takes no more streams from `retires` on.
@@ -54,9 +50,7 @@ impl Stream {
 
     /// Resets the stream, so that the peer sees a failure and no end.
     pub fn abort(&mut self) {
-        self.send.send_reset(Reason::CANCEL);
-        self.read_closed = true;
-        self.write_closed = true;
+        self.inner.abort();
     }
 }
 
@@ -77,68 +71,20 @@ impl AsyncRead for Stream {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        loop {
-            if self.chunk.has_remaining() {
-                let n = self.chunk.remaining().min(buf.remaining());
-                buf.put_slice(&self.chunk[..n]);
-                self.chunk.advance(n);
-                // Credit goes back only for what was delivered: a reader that stalls stalls its own stream.
-                self.recv.flow_control().release_capacity(n).map_err(to_io)?;
-                return Poll::Ready(Ok(()));
-            }
-            if self.read_closed {
-                return Poll::Ready(Ok(()));
-            }
-            match ready!(self.recv.poll_data(cx)) {
-                Some(Ok(chunk)) => self.chunk = chunk,
-                Some(Err(error)) => return Poll::Ready(Err(to_io(error))),
-                None => self.read_closed = true,
-            }
-        }
+        Pin::new(&mut self.inner).poll_read(cx, buf)
     }
 }
 
 impl AsyncWrite for Stream {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
-        if self.write_closed {
-            return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
-        }
-        if data.is_empty() {
-            return Poll::Ready(Ok(0));
-        }
-        self.send.reserve_capacity(data.len().min(MAX_WRITE));
-        while self.send.capacity() == 0 {
-            match ready!(self.send.poll_capacity(cx)) {
-                Some(Ok(_)) => {}
-                Some(Err(error)) => return Poll::Ready(Err(to_io(error))),
-                None => return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into())),
-            }
-        }
-        let n = self.send.capacity().min(data.len());
-        self.send.send_data(Bytes::copy_from_slice(&data[..n]), false).map_err(to_io)?;
-        Poll::Ready(Ok(n))
+        Pin::new(&mut self.inner).poll_write(cx, data)
     }
 
-    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner).poll_flush(cx)
     }
 
-    fn poll_shutdown(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if !self.write_closed {
-            self.write_closed = true;
-            self.send.send_data(Bytes::new(), true).map_err(to_io)?;
-        }
-        Poll::Ready(Ok(()))
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner).poll_shutdown(cx)
     }
-}
-
-impl std::fmt::Debug for Stream {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Stream").field("id", &self.send.stream_id()).finish_non_exhaustive()
-    }
-}
-
-fn to_io(error: h2::Error) -> io::Error {
-    let kind = if error.is_io() { io::ErrorKind::BrokenPipe } else { io::ErrorKind::ConnectionReset };
-    io::Error::new(kind, error)
 }

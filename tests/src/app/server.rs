@@ -17,7 +17,7 @@ use serde_json::Value;
 pub struct Listen {
     /// The port.
     #[arg(long)]
-    port: u16,
+    pub(super) port: u16,
 }
 
 /// A checksum that depends on every byte's place.

@@ -53,6 +53,9 @@ pub(super) struct AgentSetup {
     pub(super) logs: PathBuf,
     pub(super) drain_seconds: u32,
     pub(super) filter: String,
+    pub(super) args: Vec<String>,
+    /// The folder of the files that say how far clocks are off, where they are.
+    pub(super) clocks: Option<PathBuf>,
 }
 
 impl Node {
@@ -112,14 +115,23 @@ impl Node {
 
     /// Starts an agent beside the one that may run, and gives the older one back.
     pub(super) fn start_agent(&mut self, setup: &AgentSetup) -> Result<Option<Process>> {
-        let mut command = self.place.command(&setup.bins, setup.bins.path("weft-agent"));
+        let agent = setup.bins.path("weft-agent");
+        let mut command = match &setup.clocks {
+            None => self.place.command(&setup.bins, agent),
+            Some(folder) => {
+                let mut clock = self.place.command(&setup.bins, setup.bins.path("weft-lab-app"));
+                clock.arg("clock").arg("--offset").arg(folder.join(format!("clock-{}", self.name)));
+                clock.arg("--").arg(agent);
+                clock
+            }
+        };
         command.args(["--node", &self.name, "--operator", &setup.operator, "--admin", ADMIN]);
         command.arg("--token-file").arg(setup.state_dir.join("tokens").join(&self.name));
         command.arg("--bundle-file").arg(setup.state_dir.join("bundle.pem"));
         command.arg("--run-dir").arg(&self.run_dir).arg("--bpffs").arg(&self.bpffs);
         command.arg("--cgroup-root").arg(&self.cgroup);
         command.args(["--drain-seconds", &setup.drain_seconds.to_string()]);
-        command.env("WEFT_LOG", &setup.filter);
+        command.args(&setup.args).env("WEFT_LOG", &setup.filter);
         self.starts += 1;
         let log = setup.logs.join(format!("agent-{}-{}.log", self.name, self.starts));
         let agent = Process::spawn(command, &format!("agent of {}", self.name), &log)?;

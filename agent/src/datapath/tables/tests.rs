@@ -47,6 +47,7 @@ fn workload(name: &str, subject: u32, node: &str, address: &str) -> Workload {
         policies: Vec::new(),
         network_policy: false,
         netns: None,
+        host_addresses: Vec::new(),
     }
 }
 
@@ -74,12 +75,15 @@ fn service(endpoints: &[(&str, &str, bool)]) -> Service {
         packet_ports: Vec::new(),
         workload: Some((*name).into()),
         ready: *ready,
+        node: None,
     };
     Service {
         name: NamespacedName::new("shop", "cart"),
         addresses: vec!["10.96.0.1".parse().expect("address")],
         ports: vec![ServicePort { name: "".into(), port: 80, app_protocol: AppProtocol::Tcp }],
         endpoints: endpoints.iter().map(endpoint).collect(),
+        fronts: Vec::new(),
+        node_local: false,
     }
 }
 
@@ -220,8 +224,10 @@ fn one_endpoint_that_may_take_it_is_enough() {
 }
 
 #[test]
-fn without_a_ready_endpoint_nothing_is_denied() {
-    assert!(denied(&[("cart", "10.1.0.10", false)], Vec::new()).is_empty());
+fn without_a_ready_endpoint_every_local_subject_is_refused() {
+    let denied = denied(&[("cart", "10.1.0.10", false)], Vec::new());
+    let key = |subject| (SubjectId(subject), address("10.96.0.1"), 80);
+    assert_eq!(denied, BTreeMap::from([300, 301].map(|subject| (key(subject), VIP_NO_ENDPOINT))));
 }
 
 #[test]
@@ -230,4 +236,84 @@ fn unknown_pods_follow_the_configuration() {
         vec![Resource::Config(Arc::new(MeshConfig { unknown_pods: UnknownPods::RefuseAll, ..config() }))];
     assert!(Tables::compile(&state(all), "a").refuse_unknown);
     assert!(!Tables::compile(&MeshState::default(), "a").refuse_unknown);
+}
+
+fn node(name: &str, subject: u32, address: &str) -> Workload {
+    Workload {
+        uid: weft_core::WorkloadUid::node(name),
+        name: NamespacedName::new("", name),
+        identity: SpiffeId::node(&domain(), name),
+        mode: Mode::Disabled,
+        addresses: Vec::new(),
+        host_addresses: vec![address.parse().expect("address")],
+        ..workload(name, subject, name, address)
+    }
+}
+
+#[test]
+fn the_nodes_own_network_calls_by_its_rows_and_is_nobody_to_reach() {
+    let mut web = workload("web", 300, "a", "10.1.0.1");
+    web.policies = vec![NamespacedName::new("shop", "only")];
+    let mut resources = pods(vec![web, node("a", 400, "10.0.0.1"), node("b", 401, "10.0.0.2")]);
+    resources.push(Resource::Policy(Arc::new(allow_from("x"))));
+    resources.push(Resource::Service(Arc::new(service(&[("web", "10.1.0.1", true)]))));
+    let tables = Tables::compile(&state(resources), "a");
+    let sources: Vec<u32> = tables.rows.iter().map(|row| row.source.0).collect();
+    assert!(sources.contains(&400), "the own node is refused at connect");
+    assert!(!sources.contains(&401), "other nodes call through tunnels");
+    let refused = (SubjectId(400), address("10.96.0.1"), 80);
+    assert!(tables.vip_denied.contains_key(&refused));
+    assert!(!tables.addresses.contains_key(&address("10.0.0.1")));
+}
+
+#[test]
+fn ports_of_services_elsewhere() {
+    let front = |address: Option<&str>, port| weft_core::service::Front {
+        address: address.map(|a| a.parse().expect("address")),
+        protocol: proto::TCP,
+        port,
+        service_port: 80,
+    };
+    let mut cart = service(&[("there", "10.1.0.2", true)]);
+    cart.fronts = vec![
+        front(None, 30_080),
+        front(Some("203.0.113.9"), 80),
+        // Somebody else's, whatever is written.
+        front(Some("10.1.0.2"), 80),
+        front(Some("10.96.0.1"), 443),
+    ];
+    let mut resources = pods(vec![
+        workload("there", 301, "b", "10.1.0.2"),
+        node("a", 400, "10.0.0.1"),
+        node("b", 401, "10.1.0.2"),
+    ]);
+    resources.push(Resource::Service(Arc::new(cart)));
+    let state = state(resources);
+    let tables = Tables::compile(&state, "a");
+    let keys: Vec<_> = tables.fronts.keys().copied().collect();
+    assert_eq!(keys, [(None, 6, 30_080), (Some(address("203.0.113.9")), 6, 80)]);
+    assert!(tables.fronts.values().all(|f| f.service.service && f.service.meshed && f.port == 80));
+    let info = |text| tables.addresses[&address(text)];
+    assert_eq!(
+        (info("10.0.0.1").front, info("10.0.0.1").node, info("10.0.0.1").enrolled),
+        (true, true, false)
+    );
+    assert_eq!((info("203.0.113.9").front, info("203.0.113.9").node), (true, false));
+    assert_eq!(
+        (info("10.1.0.2").front, info("10.1.0.2").node, info("10.1.0.2").enrolled),
+        (false, false, true)
+    );
+
+    // The proxy finds the same.
+    let dialled = |text: &str| {
+        let found = state.dialled(text.parse().expect("address"), proto::TCP);
+        found.map(|(service, port)| (service.name.name.to_string(), port))
+    };
+    let cart = || Some(("cart".to_owned(), 80));
+    for front in ["10.0.0.1:30080", "203.0.113.9:80", "10.96.0.1:80"] {
+        assert_eq!(dialled(front), cart(), "{front}");
+    }
+    for nobody in ["10.0.0.1:80", "203.0.113.9:30080", "10.1.0.2:80", "10.1.0.2:30080", "192.0.2.1:30080"] {
+        assert_eq!(dialled(nobody), None, "{nobody}");
+    }
 }

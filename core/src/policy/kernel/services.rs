@@ -52,7 +52,7 @@ pub(super) fn guard(
     let state = out.state;
     let mut numbers = Numbers::from(SERVICE_SUBJECT);
     let mut guarded = BTreeMap::new();
-    for service in state.services().filter(|service| !service.addresses.is_empty()) {
+    for service in state.services().filter(|s| !s.addresses.is_empty() || !s.fronts.is_empty()) {
         let behind: Vec<(&Endpoint, Behind<'_>)> = (service.endpoints.iter())
             .filter_map(|endpoint| Some((endpoint, elsewhere(state, node, endpoint)?)))
             .collect();

@@ -58,3 +58,35 @@ fn a_patch_is_for_one_object_only() {
     let patch = patch(&key(Kind::HttpRoute), &seen(Value::Null, Value::Null), &json!({}));
     assert_eq!(patch["metadata"], json!({"uid": "u", "resourceVersion": "5"}));
 }
+
+#[test]
+fn counting_goes_on_behind_where_it_stopped() {
+    let name = |name: &str| Arc::new(ObjectKey { name: name.into(), ..key(Kind::AuthorizationPolicy) });
+    let report = Report {
+        origin: "x".into(),
+        generation: 3,
+        accepted: finding(true),
+        resolved: None,
+        programmable: None,
+        parents: BTreeMap::new(),
+    };
+    let known = || (Arc::new(report.clone()), Version::default());
+    let objects = ["a", "b", "c"].map(|n| (name(n), known())).into();
+    let overview = Overview { objects, ..Overview::default() };
+    let order = |behind: Option<&str>| {
+        let behind = behind.map(name);
+        let keys = in_turn(&overview, behind.as_deref()).map(|(key, _)| key.name.clone());
+        keys.collect::<String>()
+    };
+    assert_eq!(order(None), "abc");
+    assert_eq!(order(Some("a")), "bca");
+    assert_eq!(order(Some("c")), "abc");
+    // One that is gone by now.
+    assert_eq!(order(Some("bb")), "cab");
+
+    let status =
+        |generation: i64| json!({"conditions": [{"type": "Accepted", "observedGeneration": generation}]});
+    assert!(seen(status(3), Value::Null).speaks_of(3));
+    assert!(!seen(status(2), Value::Null).speaks_of(3));
+    assert!(!seen(Value::Null, Value::Null).speaks_of(3));
+}

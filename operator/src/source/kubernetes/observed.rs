@@ -24,6 +24,16 @@ pub struct Seen {
     pub parent_refs: Value,
 }
 
+impl Seen {
+    /// Whether its conditions were written for that generation.
+    pub fn speaks_of(&self, generation: i64) -> bool {
+        let conditions =
+            self.status.pointer("/conditions").or_else(|| self.status.pointer("/parents/0/conditions"));
+        let first = conditions.and_then(|c| c.get(0)?.get("observedGeneration")?.as_i64());
+        first == Some(generation)
+    }
+}
+
 /// The objects that carry a status.
 #[derive(Debug, Default)]
 pub struct Observed {

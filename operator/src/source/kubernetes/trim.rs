@@ -22,12 +22,15 @@ pub(super) fn trim(kind: Kind, object: DynamicObject) -> Trimmed {
     match kind {
         Kind::Pod => pod(&mut data),
         Kind::Node => {
-            only(&mut data, &["spec"]);
+            only(&mut data, &["spec", "status"]);
             at(&mut data, "spec", |spec| only(spec, &["podCIDR", "podCIDRs"]));
+            // What the kubelet reports each few seconds is not among them.
+            at(&mut data, "status", |status| only(status, &["addresses"]));
         }
         Kind::Namespace => only(&mut data, &[]),
         // The two that have no spec and no status.
         Kind::EndpointSlice => {}
+        Kind::Service => at(&mut data, "status", |status| only(status, &["loadBalancer"])),
         _ => drop(data.as_object_mut().map(|data| data.remove("status"))),
     }
     let mut whole = Map::new();

@@ -2,26 +2,21 @@
 
 use std::sync::Arc;
 
-use bytes::Bytes;
-use h2::client::{Connection, SendRequest};
 use rustls_pki_types::ServerName;
-use tokio::net::TcpStream;
-use tokio_rustls::{TlsConnector, client::TlsStream};
+use tokio_rustls::TlsConnector;
 use weft_core::flow::Reason;
 
 use super::{
-    super::{
-        CONNECTION_WINDOW, MAX_FRAME, MAX_HEADERS, STREAM_WINDOW, Session, Times, expiry, negotiated,
-        validity::Validity,
-    },
+    super::{SETTINGS, Session, Times, expiry, negotiated, validity::Validity},
     Key,
 };
 use crate::{
+    hbone::{Connection, Control, Opener},
     l7::ConnectError,
     platform::{Family, PodNet},
 };
 
-pub(super) type Established = (SendRequest<Bytes>, Connection<TlsStream<TcpStream>, Bytes>, Session);
+pub(super) type Established = (Opener, Control, Connection, Session);
 
 /// A connection and what is known of it, not driven yet; its validity is still its own.
 pub(super) async fn handshake(
@@ -64,21 +59,9 @@ pub(super) async fn handshake(
         })?;
         let session =
             Session { local, peer, tls: negotiated(state), expires, validity: Validity::new(expires) };
-        let (send, connection) = h2::client::Builder::new()
-            .initial_window_size(STREAM_WINDOW)
-            .initial_connection_window_size(CONNECTION_WINDOW)
-            .max_concurrent_streams(0)
-            .max_frame_size(MAX_FRAME)
-            .max_header_list_size(MAX_HEADERS)
-            .max_send_buffer_size(STREAM_WINDOW as usize)
-            .enable_push(false)
-            .handshake(tls)
-            .await
-            .map_err(|error| {
-                let text = format!("HTTP/2 with the proxy of {address} failed: {error}");
-                ConnectError::new(Reason::ProtocolError, text)
-            })?;
-        Ok((send, connection, session))
+        let (socket, tls) = tls.into_inner();
+        let (opener, control, connection) = Connection::client(socket, tls, SETTINGS);
+        Ok((opener, control, connection, session))
     };
     tokio::time::timeout(times.handshake, establish).await.unwrap_or_else(|_| {
         let text = format!("the handshake with the proxy of {address} took too long");

@@ -5,17 +5,14 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use bytes::Bytes;
-use h2::client::Connection;
 use rand::Rng;
-use tokio::net::TcpStream;
-use tokio_rustls::client::TlsStream;
 
 use super::{
     super::{PARTING, Times, keep_alive, passed, validity::Validity},
     Inner, Key,
     slot::{Slot, Tunnel},
 };
+use crate::hbone::{Connection, Control};
 
 /// How long an idle connection may take to say goodbye.
 const GOODBYE: Duration = Duration::from_secs(5);
@@ -50,12 +47,12 @@ impl Proof {
 impl Driver {
     /// Runs a connection until it fails, the peer stops to answer pings, the peer's certificate ends without another
     /// handshake that proved it anew, or it was idle for long enough.
-    pub(super) async fn run(self, mut connection: Connection<TlsStream<TcpStream>, Bytes>) {
+    pub(super) async fn run(self, control: Control, mut connection: Connection) {
         let Self { pool, key, slot, tunnel, times, proof } = self;
         // In TLS 1.3 the dialling end is done before the other one has looked at its certificate. Its first answer
         // shows that it took us.
         let validity = proof.theirs.0.clone();
-        let mut alive = std::pin::pin!(keep_alive(connection.ping_pong(), times, move || proof.extend()));
+        let mut alive = std::pin::pin!(keep_alive(control, times, move || proof.extend()));
         let mut idle = std::pin::pin!(idle(tunnel.clone(), slot.clone(), times.idle));
         let mut attest = std::pin::pin!(async {
             attest(&pool, &key, &tunnel).await;

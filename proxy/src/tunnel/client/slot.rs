@@ -8,13 +8,11 @@ use std::{
     time::{Instant, SystemTime},
 };
 
-use bytes::Bytes;
-use h2::client::SendRequest;
 use parking_lot::Mutex;
 use tokio::sync::Semaphore;
 
 use super::super::{MAX_STREAMS, Session, validity::Validity};
-use crate::l7::ConnectError;
+use crate::{hbone::Opener, l7::ConnectError};
 
 pub(super) struct Slot {
     pub(super) connections: Mutex<Vec<Arc<Tunnel>>>,
@@ -24,7 +22,7 @@ pub(super) struct Slot {
 }
 
 pub(super) struct Tunnel {
-    pub(super) send: SendRequest<Bytes>,
+    pub(super) opener: Opener,
     pub(super) session: Session,
     /// Until when the peer, for its part, takes us for who we are.
     pub(super) ours: Validity,
@@ -67,7 +65,7 @@ impl Slot {
         let now = Instant::now();
         let connections = self.connections.lock();
         connections.iter().find_map(|tunnel| {
-            let limit = tunnel.send.current_max_send_streams().min(MAX_STREAMS as usize);
+            let limit = tunnel.opener.most_streams().min(MAX_STREAMS as usize);
             let free = !tunnel.closed.load(Ordering::Acquire)
                 && now < tunnel.retires
                 && tunnel.streams.load(Ordering::Acquire) < limit;

@@ -35,12 +35,15 @@ fn service(pods: &[&Workload]) -> Service {
         packet_ports: vec![PacketPort { protocol: eval::UDP, port: 53, target: 5_353 }],
         workload: Some(pod.uid.clone()),
         ready: true,
+        node: None,
     };
     Service {
         name: name(),
         addresses: VIPS.to_vec(),
         ports: Vec::new(),
         endpoints: pods.iter().map(endpoint).collect(),
+        fronts: Vec::new(),
+        node_local: false,
     }
 }
 

@@ -1,0 +1,240 @@
+//! What the streams' owners do.
+
+use std::{
+    io,
+    net::SocketAddr,
+    task::{Context, Poll},
+};
+
+use bytes::{Buf as _, BytesMut};
+use http::{HeaderMap, StatusCode};
+
+use super::{
+    super::{
+        frame::{self, Code, MAX, flag, kind},
+        hpack,
+    },
+    Asked, BACKLOG, Core, DEFAULT_FRAME, Leaving, Lost, QUANTUM,
+};
+
+impl Core {
+    /// Streams that may be open at a time.
+    pub(in crate::hbone) fn most_streams(&self) -> usize {
+        self.peer_streams.min(self.settings.streams) as usize
+    }
+
+    /// Sends a CONNECT.
+    pub(in crate::hbone) fn open(&mut self, authority: SocketAddr, headers: &HeaderMap) -> Result<u32, Lost> {
+        if self.over.is_some() || self.goaway.is_some() || self.next > MAX - 2 {
+            return Err(Lost::Connection);
+        }
+        if self.streams.len() >= self.most_streams() {
+            return Err(Lost::Refused);
+        }
+        let id = self.next;
+        self.next += 2;
+        let mut block = Vec::with_capacity(512);
+        hpack::named(&mut block, hpack::index::METHOD, b"CONNECT");
+        hpack::named(&mut block, hpack::index::AUTHORITY, authority.to_string().as_bytes());
+        for (name, value) in headers {
+            hpack::literal(&mut block, name.as_str().as_bytes(), value.as_bytes());
+        }
+        // A CONNECT's few headers fit into the frame that every peer takes.
+        frame::head(&mut self.out, block.len().min(DEFAULT_FRAME), kind::HEADERS, flag::END_HEADERS, id);
+        self.out.extend_from_slice(&block[..block.len().min(DEFAULT_FRAME)]);
+        let stream = self.stream();
+        self.streams.insert(id, stream);
+        self.wake_driver();
+        Ok(id)
+    }
+
+    /// The answer to a CONNECT that we sent.
+    pub(in crate::hbone) fn poll_answer(
+        &mut self,
+        id: u32,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<StatusCode, Lost>> {
+        let Some(stream) = self.streams.get_mut(&id) else { return Poll::Ready(Err(Lost::Connection)) };
+        if let Some(status) = stream.answer.take() {
+            return Poll::Ready(Ok(status));
+        }
+        if let Some(lost) = stream.lost {
+            return Poll::Ready(Err(lost));
+        }
+        stream.reader = Some(cx.waker().clone());
+        Poll::Pending
+    }
+
+    /// The next request of the peer; `None` once none will come.
+    pub(in crate::hbone) fn poll_asked(&mut self, cx: &mut Context<'_>) -> Poll<Option<Asked>> {
+        if let Some(asked) = self.asked.pop_front() {
+            return Poll::Ready(Some(asked));
+        }
+        if self.over.is_some() {
+            return Poll::Ready(None);
+        }
+        self.acceptor = Some(cx.waker().clone());
+        Poll::Pending
+    }
+
+    /// Answers a request, and ends it unless the status is 200.
+    pub(in crate::hbone) fn answer(&mut self, id: u32, status: StatusCode) -> Result<(), Lost> {
+        let Some(stream) = self.streams.get_mut(&id) else { return Err(Lost::Connection) };
+        if let Some(lost) = stream.lost {
+            return Err(lost);
+        }
+        stream.answered = true;
+        let end = status != StatusCode::OK;
+        let mut block = Vec::with_capacity(8);
+        if end {
+            hpack::named(&mut block, hpack::index::STATUS, status.as_str().as_bytes());
+            stream.finished = true;
+        } else {
+            hpack::indexed(&mut block, hpack::index::STATUS);
+        }
+        let flags = flag::END_HEADERS | if end { flag::END_STREAM } else { 0 };
+        frame::head(&mut self.out, block.len(), kind::HEADERS, flags, id);
+        self.out.extend_from_slice(&block);
+        self.wake_driver();
+        Ok(())
+    }
+
+    /// Delivers what came; 0 at the end of the stream.
+    pub(in crate::hbone) fn read(
+        &mut self,
+        id: u32,
+        into: &mut [u8],
+        cx: &mut Context<'_>,
+    ) -> Poll<io::Result<usize>> {
+        let now = self.now;
+        let Some(stream) = self.streams.get_mut(&id) else {
+            return Poll::Ready(Err(Lost::Connection.into()));
+        };
+        if !stream.received.is_empty() {
+            let n = stream.received.len().min(into.len());
+            into[..n].copy_from_slice(&stream.received[..n]);
+            stream.received.advance(n);
+            let drained = stream.received.is_empty();
+            if drained {
+                // An idle stream holds no memory.
+                stream.received = BytesMut::new();
+            }
+            // On delivery: a reader that stalls stalls its own stream.
+            let increment = if stream.ended { None } else { stream.window.deliver(n as u32, drained, now) };
+            if let Some(increment) = increment {
+                frame::window(&mut self.out, id, increment);
+                self.wake_driver();
+            }
+            return Poll::Ready(Ok(n));
+        }
+        if let Some(lost) = stream.lost {
+            return Poll::Ready(Err(lost.into()));
+        }
+        if stream.ended {
+            return Poll::Ready(Ok(0));
+        }
+        stream.reader = Some(cx.waker().clone());
+        Poll::Pending
+    }
+
+    /// Takes as much as windows and backlog allow.
+    pub(in crate::hbone) fn write(
+        &mut self,
+        id: u32,
+        data: &[u8],
+        cx: &mut Context<'_>,
+    ) -> Poll<io::Result<usize>> {
+        let Some(stream) = self.streams.get_mut(&id) else {
+            return Poll::Ready(Err(Lost::Connection.into()));
+        };
+        if let Some(lost) = stream.lost {
+            return Poll::Ready(Err(lost.into()));
+        }
+        if stream.finished {
+            return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
+        }
+        if data.is_empty() {
+            return Poll::Ready(Ok(0));
+        }
+        let full = self.credit <= 0 || self.out.len() >= BACKLOG;
+        let most = stream.credit.min(self.credit);
+        if most <= 0 || full {
+            stream.writer = Some(cx.waker().clone());
+            if full {
+                self.waiting.push_back(id);
+            }
+            return Poll::Pending;
+        }
+        let n = data.len().min(QUANTUM).min(usize::try_from(most).unwrap_or(QUANTUM));
+        stream.credit -= n as i64;
+        self.credit -= n as i64;
+        for part in data[..n].chunks(self.peer_frame.min(self.settings.frame)) {
+            frame::head(&mut self.out, part.len(), kind::DATA, 0, id);
+            self.out.extend_from_slice(part);
+            self.flood.sent();
+        }
+        self.wake_driver();
+        Poll::Ready(Ok(n))
+    }
+
+    /// Says that no more will be sent.
+    pub(in crate::hbone) fn finish(&mut self, id: u32) -> io::Result<()> {
+        let Some(stream) = self.streams.get_mut(&id) else { return Err(Lost::Connection.into()) };
+        if let Some(lost) = stream.lost {
+            return Err(lost.into());
+        }
+        if !std::mem::replace(&mut stream.finished, true) {
+            frame::head(&mut self.out, 0, kind::DATA, flag::END_STREAM, id);
+            self.wake_driver();
+        }
+        Ok(())
+    }
+
+    /// Resets a stream that is not over.
+    pub(in crate::hbone) fn reset(&mut self, id: u32, code: Code) {
+        let Some(stream) = self.streams.get_mut(&id) else { return };
+        if stream.lost.is_none() && !(stream.ended && stream.finished) {
+            stream.lost = Some(Lost::Reset(code));
+            frame::reset(&mut self.out, id, code);
+            self.wake_driver();
+        }
+    }
+
+    /// Lets go of a stream, which is reset where it is not over.
+    pub(in crate::hbone) fn drop_stream(&mut self, id: u32, code: Code) {
+        self.reset(id, code);
+        self.streams.remove(&id);
+        if self.done() {
+            self.wake_driver();
+        }
+    }
+
+    /// Asks the peer for a sign of life, and gives the number of the ping.
+    pub(in crate::hbone) fn ping(&mut self) -> u64 {
+        self.pings += 1;
+        frame::ping(&mut self.out, false, self.pings.to_be_bytes());
+        self.wake_driver();
+        self.pings
+    }
+
+    /// Whether that ping was answered.
+    pub(in crate::hbone) fn poll_pong(&mut self, ping: u64, cx: &mut Context<'_>) -> Poll<Result<(), Lost>> {
+        if self.over.is_some() {
+            return Poll::Ready(Err(Lost::Connection));
+        }
+        if self.pongs >= ping {
+            return Poll::Ready(Ok(()));
+        }
+        self.pinger = Some(cx.waker().clone());
+        Poll::Pending
+    }
+
+    /// Takes no more streams, but for those that are under way; ends once all are over (section 6.8).
+    pub(in crate::hbone) fn leave(&mut self) {
+        if self.leaving == Leaving::No {
+            self.leaving = Leaving::Announced;
+            frame::goaway(&mut self.out, MAX, Code::NO_ERROR);
+            self.ping();
+        }
+    }
+}

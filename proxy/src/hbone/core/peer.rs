@@ -1,0 +1,309 @@
+//! What the peer sent, as the reader took it apart.
+
+use super::{
+    super::frame::{self, Code, MAX, flag, kind, setting},
+    Asked, CONNECTION_WINDOW, Core, Error, Fields, Leaving, Lost, Role,
+};
+
+impl Core {
+    pub(in crate::hbone) fn on_settings(&mut self, ack: bool, payload: &[u8]) -> Result<(), Error> {
+        self.costs("too many SETTINGS")?;
+        if ack {
+            return if payload.is_empty() {
+                Ok(())
+            } else {
+                Err(self.broken(Code::FRAME_SIZE_ERROR, "an acknowledgement with values"))
+            };
+        }
+        if !payload.len().is_multiple_of(6) {
+            return Err(self.broken(Code::FRAME_SIZE_ERROR, "SETTINGS of a wrong length"));
+        }
+        for pair in payload.chunks_exact(6) {
+            let id = u16::from_be_bytes([pair[0], pair[1]]);
+            let value = u32::from_be_bytes([pair[2], pair[3], pair[4], pair[5]]);
+            match id {
+                setting::ENABLE_PUSH if value > 1 => {
+                    return Err(self.broken(Code::PROTOCOL_ERROR, "ENABLE_PUSH is neither 0 nor 1"));
+                }
+                setting::MAX_CONCURRENT_STREAMS => self.peer_streams = value,
+                setting::INITIAL_WINDOW_SIZE => {
+                    if value > MAX {
+                        return Err(
+                            self.broken(Code::FLOW_CONTROL_ERROR, "an initial window that is too large")
+                        );
+                    }
+                    let change = i64::from(value) - i64::from(self.peer_window);
+                    self.peer_window = value;
+                    for stream in self.streams.values_mut() {
+                        stream.credit += change;
+                        if stream.credit > i64::from(MAX) {
+                            return Err(self.broken(Code::FLOW_CONTROL_ERROR, "a window that is too large"));
+                        }
+                        self.woken.extend(stream.writer.take());
+                    }
+                }
+                setting::MAX_FRAME_SIZE => {
+                    if !(16_384..=16_777_215).contains(&value) {
+                        return Err(self.broken(Code::PROTOCOL_ERROR, "a frame size out of range"));
+                    }
+                    self.peer_frame = value as usize;
+                }
+                _ => {}
+            }
+        }
+        frame::head(&mut self.out, 0, kind::SETTINGS, flag::ACK, 0);
+        self.answers += frame::HEAD;
+        Ok(())
+    }
+
+    /// A frame that carries nothing.
+    pub(in crate::hbone) fn costs(&mut self, what: &'static str) -> Result<(), Error> {
+        let now = self.now;
+        if self.flood.control(now) { Ok(()) } else { Err(self.broken(Code::ENHANCE_YOUR_CALM, what)) }
+    }
+
+    pub(in crate::hbone) fn on_ping(&mut self, ack: bool, data: [u8; 8]) -> Result<(), Error> {
+        self.costs("too many PINGs")?;
+        if ack {
+            if u64::from_be_bytes(data) <= self.pings {
+                self.pongs = self.pongs.max(u64::from_be_bytes(data));
+                self.woken.extend(self.pinger.take());
+                if self.leaving == Leaving::Announced {
+                    self.leaving = Leaving::Said;
+                    frame::goaway(&mut self.out, self.last, Code::NO_ERROR);
+                }
+            }
+        } else {
+            frame::ping(&mut self.out, true, data);
+            self.answers += frame::HEAD + 8;
+        }
+        Ok(())
+    }
+
+    pub(in crate::hbone) fn on_goaway(&mut self, payload: &[u8]) -> Result<(), Error> {
+        let (Some(last), Some(code)) = (number(payload, 0), number(payload, 4)) else {
+            return Err(self.broken(Code::FRAME_SIZE_ERROR, "a GOAWAY that is too short"));
+        };
+        let last = last & MAX;
+        if self.goaway.is_some_and(|before| last > before) {
+            return Err(self.broken(Code::PROTOCOL_ERROR, "a GOAWAY that takes an earlier one back"));
+        }
+        self.goaway = Some(last);
+        if Code(code) != Code::NO_ERROR {
+            return Err(Error::Goaway(Code(code)));
+        }
+        if self.role == Role::Client {
+            for (_, stream) in self.streams.iter_mut().filter(|(id, _)| **id > last) {
+                stream.lost.get_or_insert(Lost::Refused);
+                self.woken.extend(stream.reader.take().into_iter().chain(stream.writer.take()));
+            }
+        }
+        Ok(())
+    }
+
+    pub(in crate::hbone) fn on_window(&mut self, id: u32, payload: &[u8]) -> Result<(), Error> {
+        let now = self.now;
+        if !self.flood.update(now) {
+            return Err(self.broken(Code::ENHANCE_YOUR_CALM, "too many WINDOW_UPDATEs"));
+        }
+        let Some(increment) = number(payload, 0).filter(|_| payload.len() == 4) else {
+            return Err(self.broken(Code::FRAME_SIZE_ERROR, "a WINDOW_UPDATE of a wrong length"));
+        };
+        let increment = i64::from(increment & MAX);
+        if id == 0 {
+            self.credit += increment;
+            if increment == 0 || self.credit > i64::from(MAX) {
+                let code = if increment == 0 { Code::PROTOCOL_ERROR } else { Code::FLOW_CONTROL_ERROR };
+                return Err(self.broken(code, "a WINDOW_UPDATE of nothing, or of too much"));
+            }
+            self.admit();
+            return Ok(());
+        }
+        self.not_idle(id)?;
+        let Some(stream) = self.streams.get_mut(&id) else { return Ok(()) };
+        stream.credit += increment;
+        if increment == 0 || stream.credit > i64::from(MAX) {
+            let code = if increment == 0 { Code::PROTOCOL_ERROR } else { Code::FLOW_CONTROL_ERROR };
+            return self.reset_by_us(id, code);
+        }
+        self.woken.extend(stream.writer.take());
+        Ok(())
+    }
+
+    pub(in crate::hbone) fn on_reset(&mut self, id: u32, payload: &[u8]) -> Result<(), Error> {
+        let Some(code) = number(payload, 0).filter(|_| payload.len() == 4) else {
+            return Err(self.broken(Code::FRAME_SIZE_ERROR, "a RST_STREAM of a wrong length"));
+        };
+        self.not_idle(id)?;
+        let Some(stream) = self.streams.get_mut(&id) else { return self.costs("too many RST_STREAMs") };
+        let lost = if Code(code) == Code::REFUSED_STREAM { Lost::Refused } else { Lost::Reset(Code(code)) };
+        let early = !stream.answered;
+        // After both ends it says nothing new (section 8.1: a whole response may be followed by one).
+        if !stream.ended || !stream.finished {
+            stream.lost.get_or_insert(lost);
+        }
+        self.woken.extend(stream.reader.take().into_iter().chain(stream.writer.take()));
+        let waited = self.asked.len();
+        self.asked.retain(|asked| asked.id != id);
+        if self.asked.len() < waited {
+            // Nobody took it: nobody will let go of it.
+            self.streams.remove(&id);
+        }
+        let now = self.now;
+        if early && self.role == Role::Server && !self.flood.reset(now) {
+            return Err(self.broken(Code::ENHANCE_YOUR_CALM, "too many streams are begun and taken back"));
+        }
+        Ok(())
+    }
+
+    /// A whole header block.
+    pub(in crate::hbone) fn on_headers(&mut self, id: u32, end: bool, block: &[u8]) -> Result<(), Error> {
+        let mut fields = Fields::default();
+        let decoded = self.decoder.decode(block, |name, value| fields.take(name, value));
+        if decoded.is_err() {
+            return Err(self.broken(Code::COMPRESSION_ERROR, "a header block that cannot be read"));
+        }
+        if self.streams.contains_key(&id) {
+            return self.on_answer(id, end, &fields);
+        }
+        if self.role == Role::Client || id.is_multiple_of(2) {
+            self.not_idle(id)?;
+            return self.costs("too many headers of closed streams");
+        }
+        if id <= self.last {
+            return Err(self.broken(Code::STREAM_CLOSED, "headers of a stream that is closed"));
+        }
+        self.last = id;
+        if self.leaving == Leaving::Said {
+            return self.refuse(id);
+        }
+        // A reset stream counts until its task has let go of it, so that resets do not buy more of them.
+        if self.streams.len() >= self.settings.streams as usize {
+            return self.refuse(id);
+        }
+        let mut stream = self.stream();
+        stream.ended = end;
+        self.streams.insert(id, stream);
+        if fields.malformed {
+            self.streams.remove(&id);
+            frame::reset(&mut self.out, id, Code::PROTOCOL_ERROR);
+            self.answers += frame::HEAD + 4;
+            return self.took_back();
+        }
+        self.asked.push_back(Asked { id, fields });
+        self.woken.extend(self.acceptor.take());
+        Ok(())
+    }
+
+    fn refuse(&mut self, id: u32) -> Result<(), Error> {
+        frame::reset(&mut self.out, id, Code::REFUSED_STREAM);
+        self.answers += frame::HEAD + 4;
+        self.took_back()
+    }
+
+    fn took_back(&mut self) -> Result<(), Error> {
+        let now = self.now;
+        if self.flood.reset(now) {
+            return Ok(());
+        }
+        Err(self.broken(Code::ENHANCE_YOUR_CALM, "too many streams that have to be refused"))
+    }
+
+    /// Headers of a stream that there is: the answer to our CONNECT, or trailers.
+    fn on_answer(&mut self, id: u32, end: bool, fields: &Fields) -> Result<(), Error> {
+        let role = self.role;
+        let Some(stream) = self.streams.get_mut(&id) else { return Ok(()) };
+        if stream.ended {
+            return self.reset_by_us(id, Code::STREAM_CLOSED);
+        }
+        if role == Role::Client && !stream.answered {
+            let Some(status) = fields.status.filter(|_| !fields.malformed) else {
+                return self.reset_by_us(id, Code::PROTOCOL_ERROR);
+            };
+            // Interim answers say nothing to us (section 8.1).
+            if status.is_informational() {
+                return if end {
+                    self.reset_by_us(id, Code::PROTOCOL_ERROR)
+                } else {
+                    self.costs("too many 1xx")
+                };
+            }
+            stream.answer = Some(status);
+            stream.answered = true;
+        } else if !end {
+            return self.reset_by_us(id, Code::PROTOCOL_ERROR);
+        }
+        stream.ended = end;
+        self.woken.extend(stream.reader.take());
+        Ok(())
+    }
+
+    /// A part of a DATA frame's payload; `counts` is what it takes of the windows, padding included.
+    pub(in crate::hbone) fn on_data(&mut self, id: u32, data: &[u8], counts: usize) -> Result<(), Error> {
+        let counts = counts as u32;
+        // On receipt: what streams hold does not slow the others.
+        self.taken += counts;
+        if self.taken >= CONNECTION_WINDOW / 4 {
+            frame::window(&mut self.out, 0, self.taken);
+            self.taken = 0;
+        }
+        let Some(stream) = self.streams.get_mut(&id) else { return Ok(()) };
+        if stream.lost.is_some() {
+            return Ok(());
+        }
+        if stream.ended {
+            return self.reset_by_us(id, Code::STREAM_CLOSED);
+        }
+        if !stream.window.take(counts) {
+            return self.reset_by_us(id, Code::FLOW_CONTROL_ERROR);
+        }
+        // Padding is delivered to nobody, so its credit goes back at once.
+        let padding = counts - data.len() as u32;
+        if let Some(increment) = stream.window.deliver(padding, false, self.now) {
+            frame::window(&mut self.out, id, increment);
+        }
+        if !data.is_empty() {
+            stream.received.extend_from_slice(data);
+            self.woken.extend(stream.reader.take());
+        }
+        Ok(())
+    }
+
+    /// The end of a DATA frame.
+    pub(in crate::hbone) fn on_data_end(&mut self, id: u32, end: bool, empty: bool) -> Result<(), Error> {
+        self.not_idle(id)?;
+        if empty && !end {
+            return self.costs("too many empty DATA frames");
+        }
+        let Some(stream) = self.streams.get_mut(&id) else { return self.costs("DATA of closed streams") };
+        if end {
+            stream.ended = true;
+            self.woken.extend(stream.reader.take());
+        }
+        Ok(())
+    }
+
+    fn not_idle(&mut self, id: u32) -> Result<(), Error> {
+        let ours = self.role == Role::Client && id % 2 == 1;
+        let idle = if ours { id >= self.next } else { id > self.last };
+        if idle {
+            return Err(self.broken(Code::PROTOCOL_ERROR, "a frame of a stream that nobody opened"));
+        }
+        Ok(())
+    }
+
+    fn reset_by_us(&mut self, id: u32, code: Code) -> Result<(), Error> {
+        frame::reset(&mut self.out, id, code);
+        self.answers += frame::HEAD + 4;
+        if let Some(stream) = self.streams.get_mut(&id) {
+            stream.lost.get_or_insert(Lost::Reset(code));
+            self.woken.extend(stream.reader.take().into_iter().chain(stream.writer.take()));
+        }
+        self.took_back()
+    }
+}
+
+/// A number of four bytes.
+fn number(payload: &[u8], at: usize) -> Option<u32> {
+    Some(u32::from_be_bytes(payload.get(at..at + 4)?.try_into().ok()?))
+}

@@ -1,0 +1,85 @@
+//! One CONNECT as a byte stream.
+
+use std::{
+    io,
+    pin::Pin,
+    task::{Context, Poll},
+};
+
+use http::StatusCode;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use super::{Shared, core::Lost, frame::Code};
+
+/// The bytes of one CONNECT. END_STREAM and half-close are the same thing in both directions; a reset of the stream
+/// or the loss of its connection is an error, never an end. Dropped before both directions ended, it resets.
+#[derive(Debug)]
+pub struct Stream {
+    shared: Shared,
+    id: u32,
+    closed: bool,
+}
+
+impl Stream {
+    pub(super) fn new(shared: Shared, id: u32) -> Self {
+        Self { shared, id, closed: false }
+    }
+
+    /// Its number on its connection.
+    pub fn id(&self) -> u32 {
+        self.id
+    }
+
+    pub(super) fn poll_answer(&self, cx: &mut Context<'_>) -> Poll<Result<StatusCode, Lost>> {
+        self.shared.with(|core| core.poll_answer(self.id, cx))
+    }
+
+    pub(super) fn answer(&self, status: StatusCode) -> Result<(), Lost> {
+        self.shared.with(|core| core.answer(self.id, status))
+    }
+
+    /// Lets go of it, with this code where it is not over.
+    pub(super) fn close(mut self, code: Code) {
+        self.closed = true;
+        self.shared.with(|core| core.drop_stream(self.id, code));
+    }
+
+    /// Resets it, so that the peer sees a failure and no end.
+    pub fn abort(&mut self) {
+        self.shared.with(|core| core.reset(self.id, Code::CANCEL));
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        if !self.closed {
+            self.shared.with(|core| core.drop_stream(self.id, Code::CANCEL));
+        }
+    }
+}
+
+impl AsyncRead for Stream {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let into = buf.initialize_unfilled();
+        if into.is_empty() {
+            return Poll::Ready(Ok(()));
+        }
+        let read = self.shared.with(|core| core.read(self.id, into, cx));
+        read.map_ok(|n| buf.advance(n))
+    }
+}
+
+impl AsyncWrite for Stream {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
+        self.shared.with(|core| core.write(self.id, data, cx))
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        // What was written goes out at the end of the connection's turn.
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(self.shared.with(|core| core.finish(self.id)))
+    }
+}

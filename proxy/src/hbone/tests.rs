@@ -1,0 +1,269 @@
+//! Both ends over real TLS, against each other and against the h2 library.
+
+use std::{sync::LazyLock, time::Duration};
+
+use bytes::Bytes;
+use rustls::{
+    ClientConfig, RootCertStore, ServerConfig,
+    crypto::aws_lc_rs,
+    pki_types::{CertificateDer, PrivateKeyDer, ServerName},
+};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{TcpListener, TcpStream},
+    sync::oneshot,
+    task::AbortHandle,
+};
+use tokio_rustls::{TlsAcceptor, TlsConnector};
+use weft_runtime::Tasks;
+
+use super::*;
+
+mod floods;
+mod interop;
+
+const SETTINGS: Settings = Settings { window: 256 * 1024, streams: 100, frame: 64 * 1024 };
+/// Longer than anything here may take.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+static CONFIGS: LazyLock<(Arc<ClientConfig>, Arc<ServerConfig>)> = LazyLock::new(|| {
+    let made = rcgen::generate_simple_self_signed(["test".into()]).unwrap();
+    let certificate = CertificateDer::from(made.cert.der().to_vec());
+    let key = PrivateKeyDer::try_from(made.signing_key.serialize_der()).unwrap();
+    let provider = Arc::new(aws_lc_rs::default_provider());
+    let mut roots = RootCertStore::empty();
+    roots.add(certificate.clone()).unwrap();
+    let client = ClientConfig::builder_with_provider(provider.clone())
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    let server = ServerConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(vec![certificate], key)
+        .unwrap();
+    (Arc::new(client), Arc::new(server))
+});
+
+type Tls<T> = (TcpStream, T);
+
+async fn pair() -> (Tls<rustls::ClientConnection>, Tls<rustls::ServerConnection>) {
+    let (client, server) = sockets().await;
+    (client.into_inner(), server.into_inner())
+}
+
+async fn sockets() -> (tokio_rustls::client::TlsStream<TcpStream>, tokio_rustls::server::TlsStream<TcpStream>)
+{
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let dial = async {
+        let tcp = TcpStream::connect(address).await.unwrap();
+        let name = ServerName::try_from("test").unwrap();
+        TlsConnector::from(CONFIGS.0.clone()).connect(name, tcp).await.unwrap()
+    };
+    let take = async {
+        let (tcp, _) = listener.accept().await.unwrap();
+        TlsAcceptor::from(CONFIGS.1.clone()).accept(tcp).await.unwrap()
+    };
+    tokio::join!(dial, take)
+}
+
+/// A task and what it gives.
+struct Job<T> {
+    task: AbortHandle,
+    end: oneshot::Receiver<T>,
+}
+
+impl<T> Job<T> {
+    async fn end(self) -> T {
+        soon(self.end).await.expect("the task did not panic")
+    }
+}
+
+fn start<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static) -> Job<T> {
+    let (send, end) = oneshot::channel();
+    let task = Tasks::new().spawn("test", async move {
+        let _ = send.send(work.await);
+    });
+    Job { task, end }
+}
+
+struct Ends {
+    opener: Opener,
+    requests: Requests,
+    client: Control,
+    server: Control,
+    driven: [Job<Result<(), Error>>; 2],
+}
+
+async fn ends() -> Ends {
+    let ((socket, tls), (peer, peer_tls)) = pair().await;
+    let (opener, client, one) = Connection::client(socket, tls, SETTINGS);
+    let (requests, server, two) = Connection::server(peer, peer_tls, SETTINGS);
+    Ends { opener, requests, client, server, driven: [start(one), start(two)] }
+}
+
+fn authority() -> SocketAddr {
+    "10.0.0.1:80".parse().unwrap()
+}
+
+fn headers() -> HeaderMap {
+    let mut headers = HeaderMap::new();
+    headers.insert("baggage", "a=b".parse().unwrap());
+    headers
+}
+
+async fn soon<T>(future: impl Future<Output = T>) -> T {
+    tokio::time::timeout(PATIENCE, future).await.expect("in time")
+}
+
+async fn open(ends: &mut Ends) -> (Stream, Stream) {
+    let opening = ends.opener.open(authority(), &headers()).unwrap();
+    let request = soon(ends.requests.next()).await.unwrap();
+    assert_eq!(request.method, Method::CONNECT);
+    assert_eq!(request.authority.as_deref(), Some("10.0.0.1:80"));
+    assert_eq!(request.headers.get("baggage").unwrap(), "a=b");
+    let server = request.accept().unwrap();
+    let (status, client) = soon(opening.answer()).await.unwrap();
+    assert_eq!(status, StatusCode::OK);
+    (client, server)
+}
+
+#[tokio::test]
+async fn bytes_pass_both_ways_and_ends_are_passed_on() {
+    let mut ends = ends().await;
+    let (mut client, mut server) = open(&mut ends).await;
+    client.write_all(b"question").await.unwrap();
+    client.shutdown().await.unwrap();
+    let mut text = String::new();
+    soon(server.read_to_string(&mut text)).await.unwrap();
+    assert_eq!(text, "question");
+    server.write_all(b"answer").await.unwrap();
+    server.shutdown().await.unwrap();
+    text.clear();
+    soon(client.read_to_string(&mut text)).await.unwrap();
+    assert_eq!(text, "answer");
+    soon(ends.client.ping()).await.unwrap();
+    drop((client, server));
+    // With nobody left to open streams it ends in order, at both ends.
+    drop(ends.opener);
+    assert!(soon(ends.requests.next()).await.is_none());
+    let [one, two] = ends.driven;
+    assert_eq!(one.end().await, Ok(()));
+    assert_eq!(two.end().await, Ok(()));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn much_passes_over_many_streams_at_once() {
+    const SIZE: usize = 3_000_000;
+    let mut ends = ends().await;
+    let mut work = Vec::new();
+    for seed in 0..20_u8 {
+        let (mut client, mut server) = open(&mut ends).await;
+        work.push(start(async move {
+            let sent: Vec<u8> = (0..SIZE).map(|n| (n as u8).wrapping_mul(31).wrapping_add(seed)).collect();
+            let (mut read, mut write) = tokio::io::split(&mut client);
+            let mut back = Vec::new();
+            let sending = async {
+                write.write_all(&sent).await.unwrap();
+                write.shutdown().await.unwrap();
+            };
+            let (_, read) = tokio::join!(sending, read.read_to_end(&mut back));
+            read.unwrap();
+            assert!(back == sent, "stream {seed}");
+        }));
+        work.push(start(async move {
+            let (mut read, mut write) = tokio::io::split(&mut server);
+            tokio::io::copy(&mut read, &mut write).await.unwrap();
+            write.shutdown().await.unwrap();
+        }));
+    }
+    for work in work {
+        work.end().await;
+    }
+}
+
+#[tokio::test]
+async fn a_reset_is_a_failure_at_the_other_end() {
+    let mut ends = ends().await;
+    let (mut client, mut server) = open(&mut ends).await;
+    client.write_all(b"x").await.unwrap();
+    client.abort();
+    let error = soon(server.read_to_end(&mut Vec::new())).await.unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+    drop((client, server));
+    // Dropped before its end is the same.
+    let (client, mut server) = open(&mut ends).await;
+    drop(client);
+    assert!(soon(server.read_u8()).await.is_err());
+}
+
+#[tokio::test]
+async fn refusals_carry_their_status_and_postponed_ones_say_so() {
+    let mut ends = ends().await;
+    let opening = ends.opener.open(authority(), &headers()).unwrap();
+    soon(ends.requests.next()).await.unwrap().refuse(StatusCode::UNAUTHORIZED);
+    let (status, _) = soon(opening.answer()).await.unwrap();
+    assert_eq!(status, StatusCode::UNAUTHORIZED);
+    let opening = ends.opener.open(authority(), &headers()).unwrap();
+    soon(ends.requests.next()).await.unwrap().postpone();
+    assert_eq!(soon(opening.answer()).await.err(), Some(Lost::Refused));
+}
+
+#[tokio::test]
+async fn many_stalled_readers_stop_nobody() {
+    let mut ends = ends().await;
+    let mut stalled = Vec::new();
+    for _ in 0..90 {
+        let (client, mut server) = open(&mut ends).await;
+        let writer = start(async move {
+            // More than the stream's window: it waits until it is aborted.
+            let _ = server.write_all(&vec![7; 2_000_000]).await;
+        });
+        stalled.push((client, writer));
+    }
+    let (mut client, mut server) = open(&mut ends).await;
+    for _ in 0..50 {
+        client.write_all(&[1; 1_000]).await.unwrap();
+        let mut buffer = vec![0; 1_000];
+        soon(server.read_exact(&mut buffer)).await.unwrap();
+        server.write_all(&[2; 10_000]).await.unwrap();
+        let mut buffer = vec![0; 10_000];
+        soon(client.read_exact(&mut buffer)).await.unwrap();
+    }
+    for (_, writer) in stalled {
+        writer.task.abort();
+    }
+}
+
+#[tokio::test]
+async fn a_server_that_leaves_serves_what_it_has() {
+    let mut ends = ends().await;
+    let (mut client, mut server) = open(&mut ends).await;
+    ends.server.leave();
+    // The client learns of it at the latest with the answer to this.
+    soon(ends.client.ping()).await.unwrap();
+    soon(ends.client.ping()).await.unwrap();
+    assert_eq!(ends.opener.open(authority(), &headers()).err(), Some(Lost::Connection));
+    client.write_all(b"still").await.unwrap();
+    let mut buffer = [0; 5];
+    soon(server.read_exact(&mut buffer)).await.unwrap();
+    drop((client, server));
+    let [one, two] = ends.driven;
+    assert_eq!(two.end().await, Ok(()));
+    let _ = one.end().await;
+}
+
+#[tokio::test]
+async fn the_loss_of_the_connection_is_an_error_of_every_stream() {
+    let mut ends = ends().await;
+    let (mut client, server) = open(&mut ends).await;
+    let opening = ends.opener.open(authority(), &headers()).unwrap();
+    ends.driven[1].task.abort();
+    assert!(soon(client.read_u8()).await.is_err());
+    assert_eq!(soon(opening.answer()).await.err(), Some(Lost::Connection));
+    assert_eq!(soon(ends.client.ping()).await.err(), Some(Lost::Connection));
+    drop(server);
+}
