@@ -122,7 +122,9 @@ impl Authority {
             state.retire(replaced.as_ref().map(|(next, _)| next), now);
             outcome = Offered::Staged;
         }
-        state.advance(self.propagation, now);
+        if state.signer.not_after() <= now {
+            state.advance(self.propagation, now);
+        }
         self.publish(&state);
         outcome
     }

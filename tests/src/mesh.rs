@@ -282,7 +282,7 @@ impl Mesh {
     /// # Errors
     /// When it does not answer.
     pub fn node_status(&self, node: &Node<'_>) -> Result<String> {
-        let socket = format!("unix:{}", node.folder().join("run/weft/observer.sock").display());
+        let socket = observer(node)?;
         let output =
             Command::new(program("weft")?).args(["status", "--server", &socket, "-o", "json"]).output()?;
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -348,6 +348,15 @@ impl Mesh {
 fn answer(printed: &str) -> Result<serde_json::Value> {
     let line = printed.lines().last().context("it printed nothing")?;
     serde_json::from_str(line).with_context(|| printed.to_owned())
+}
+
+/// The socket of a node's agent, as `weft --server` takes it: by the node's own mounts.
+///
+/// # Errors
+/// When the node is off.
+pub fn observer(node: &Node<'_>) -> Result<String> {
+    let pid = node.pid1().with_context(|| format!("{} is off", node.name()))?;
+    Ok(format!("unix:/proc/{pid}/root/run/weft/observer.sock"))
 }
 
 /// A program that was built for the tests.

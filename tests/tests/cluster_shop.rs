@@ -59,7 +59,7 @@ fn denied(mesh: &Mesh) -> Result<()> {
     );
     mesh.eventually("the denials as flows", || {
         let flows =
-            mesh.weft(&["observe", "-n", SHOP, "--verdict", "DENIED", "--last", "100", "-o", "compact"])?;
+            mesh.weft(&["observe", "-n", SHOP, "--verdict", "denied", "--last", "100", "-o", "compact"])?;
         for part in ["shop/analyst", "shop/customer"] {
             ensure!(flows.contains(part), "no {part} in {flows}");
         }

@@ -144,7 +144,7 @@ fn story(mesh: &Mesh, spire: &Spire<'_>) -> Result<()> {
         }
         ensure!(begin.elapsed() < LIFE, "no renewal in {calls} calls: {:?}", svids(mesh)?);
     }
-    println!("{calls} calls over a renewal, none failed");
+    tell(&format!("{calls} calls over a renewal, none failed"));
 
     // Without SPIRE's agent: on until the expiry, then closed and said.
     let node = mesh.cluster.node(2);
@@ -165,7 +165,7 @@ fn story(mesh: &Mesh, spire: &Spire<'_>) -> Result<()> {
         ensure!(svid["not_after"] == "" && problem.contains("the SPIRE agent does not answer at"), "{svid}");
         Ok(())
     })?;
-    println!("closed {:.0} s after the end of SPIRE's agent", stopped.elapsed().as_secs_f64());
+    tell(&format!("closed {:.0} s after the end of SPIRE's agent", stopped.elapsed().as_secs_f64()));
     for _ in 0..3 {
         let answer = call(mesh);
         ensure!(answer.is_err(), "answered without an identity: {answer:?}");
@@ -179,4 +179,9 @@ fn story(mesh: &Mesh, spire: &Spire<'_>) -> Result<()> {
     spire.start_agent(&node)?;
     mesh.eventually("a call after SPIRE's return", || call(mesh))?;
     serial(mesh, "web").map(drop)
+}
+
+fn tell(line: &str) {
+    use std::io::Write as _;
+    let _ = writeln!(std::io::stdout(), "{line}");
 }

@@ -37,7 +37,7 @@ fn proxy(args: &[&str]) -> Outcome {
     let profile = Profile::Dist;
     bpf::build_programs(profile, &["weft-agent", "weft-operator", "weft-cli", "weft-tests", "weft-bench"])?;
     let folder = profile.folder();
-    let mut bench = sh::as_root(&folder.join("weft-bench"))?;
+    let mut bench = sh::as_root(folder.join("weft-bench"))?;
     bench.arg("proxy").args(args).arg("--out").arg(sh::target().join("bench"));
     sh::run(bench.env("WEFT_BIN_DIR", &folder).current_dir(sh::root()))
 }

@@ -45,16 +45,15 @@ fn authority(name: &str) -> CertificateParams {
     params
 }
 
-/// A Secret with an intermediate below `root`.
-fn secret(root: &CertificateParams, key: &KeyPair) -> Value {
+/// A Secret with an intermediate below `root`, whose certificate is `pem`.
+fn secret(root: &CertificateParams, key: &KeyPair, pem: &str) -> Value {
     let own = KeyPair::generate().unwrap();
     let chain = authority("issuing").signed_by(&own, &Issuer::from_params(root, key)).unwrap().pem();
-    let root = root.self_signed(key).unwrap().pem();
     let encode = |text: &str| json!(ByteString(text.as_bytes().to_vec()));
     json!({
         "metadata": {"name": "mesh"},
         "type": "kubernetes.io/tls",
-        "data": {"tls.key": encode(&own.serialize_pem()), "tls.crt": encode(&chain), "ca.crt": encode(&root)},
+        "data": {"tls.key": encode(&own.serialize_pem()), "tls.crt": encode(&chain), "ca.crt": encode(pem)},
     })
 }
 
@@ -107,8 +106,10 @@ async fn the_mesh_config_names_the_secret_of_the_ca() {
     assert_eq!(*mesh.ca().certificate(), first, "the CA of before goes on");
 
     let (root, key) = (authority("company"), KeyPair::generate().unwrap());
+    // Made once: each signature differs.
+    let pem = root.self_signed(&key).unwrap().pem();
     let secrets: Api<Secret> = Api::namespaced(client.clone(), "pki");
-    let object = serde_json::from_value(secret(&root, &key)).unwrap();
+    let object = serde_json::from_value(secret(&root, &key, &pem)).unwrap();
     secrets.create(&PostParams::default(), &object).await.unwrap();
     told("").await;
     mesh.tick(SystemTime::now());
@@ -117,7 +118,7 @@ async fn the_mesh_config_names_the_secret_of_the_ca() {
     assert_eq!(held.roots().len(), 2, "the root of before is trusted still");
 
     // Broken in each part, in turn: it is named, and what signs goes on signing.
-    let good = secret(&root, &key);
+    let good = secret(&root, &key, &pem);
     for (part, text, said) in [
         ("tls.key", "", "has no tls.key"),
         ("tls.crt", "nothing", "no certificate belongs to the key"),

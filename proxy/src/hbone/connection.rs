@@ -76,6 +76,7 @@ impl Connection {
         let room = self.sealed < SEALED;
         let (over, choked) = self.shared.with(|core| {
             core.set_now(now);
+            core.part();
             if room {
                 core.take_out(&mut self.frames);
             }
@@ -183,11 +184,11 @@ impl Connection {
         }
     }
 
-    /// The peer closed: in order where it said so and owes nothing.
+    /// The peer closed: in order where nobody waits for anything.
     fn ended(&self) -> Error {
         self.shared.with(
             |core| {
-                if core.done() { Error::Closed } else { Error::Io("the peer closed it".into()) }
+                if core.unused() { Error::Closed } else { Error::Io("the peer closed it".into()) }
             },
         )
     }

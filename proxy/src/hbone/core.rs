@@ -275,7 +275,20 @@ impl Core {
     /// Whether everything that there was to do is done.
     pub(super) fn done(&self) -> bool {
         let leaving = self.leaving == Leaving::Said || self.goaway.is_some() || self.abandoned;
-        leaving && self.streams.is_empty() && self.asked.is_empty()
+        leaving && self.unused()
+    }
+
+    /// Whether no stream is open.
+    pub(super) fn unused(&self) -> bool {
+        self.streams.is_empty() && self.asked.is_empty()
+    }
+
+    /// Says goodbye where everything is done (RFC 9113 section 6.8: also before a close that nobody minds).
+    pub(super) fn part(&mut self) {
+        if self.done() && self.leaving != Leaving::Said {
+            self.leaving = Leaving::Said;
+            frame::goaway(&mut self.out, self.last, Code::NO_ERROR);
+        }
     }
 
     /// Ends all streams: the connection is no more.

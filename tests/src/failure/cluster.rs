@@ -10,7 +10,7 @@ use super::{Place, watch::Watched as _};
 use crate::{
     http,
     lab::{Process, net},
-    mesh::Mesh,
+    mesh::{Mesh, observer},
 };
 
 const CTR: [&str; 5] = ["ctr", "--address", "/run/containerd/containerd.sock", "--namespace", "k8s.io"];
@@ -125,7 +125,7 @@ pub fn read(mesh: &Mesh, node: &Node<'_>, place: Place) -> Result<String> {
         Place::Check => Ok(mesh.weft_said(&["check"]).unwrap_or_else(|error| format!("{error:#}"))),
         Place::Kubectl(command) => mesh.cluster.kubectl(&command.split(' ').collect::<Vec<_>>()),
         Place::Status => {
-            let socket = format!("unix:{}", node.folder().join("run/weft/observer.sock").display());
+            let socket = observer(node)?;
             let program = std::env::var_os("WEFT_BIN_DIR").context("WEFT_BIN_DIR is not set")?;
             let output = Command::new(Path::new(&program).join("weft"))
                 .args(["status", "--server", &socket])

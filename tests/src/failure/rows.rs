@@ -23,8 +23,10 @@ pub const ROWS: &[Row] = &[
             says(Place::OperatorLog, "the lease weft-operator cannot be held or asked for"),
             says(Place::Check, "does not answer"),
         ],
-        then: "An agent that restarts meanwhile begins from its snapshot and serves. Certificates are renewed: the operators \
-               sign by what they knew last. Objects that change when it is back are enforced within seconds.",
+        then: "An agent that restarts meanwhile begins from its snapshot, with the certificates that it keeps on tmpfs, and \
+               serves. An operator goes on signing for agents whose tokens it has checked within the hour \
+               (`operator/src/kubernetes/review.rs`); an agent that comes to a replica which has not waits. Objects that \
+               change when the API server is back are enforced within seconds.",
         test: CONTROL,
     },
     Row {
