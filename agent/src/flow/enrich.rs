@@ -305,7 +305,8 @@ fn complete(peer: &mut Peer, workload: Option<&Workload>) {
 fn stored(flow: &KernelFlow, state: &MeshState) -> StoredFlow {
     let (source_peer, source) = kernel_peer(flow.source, flow.source_subject, state);
     let (destination_peer, destination) = kernel_peer(flow.destination, flow.destination_subject, state);
-    let service = state.service_at(flow.destination.ip()).map(|s| (s.name.clone(), flow.destination.port()));
+    let dialled = state.dialled(flow.destination, flow.protocol);
+    let service = dialled.map(|(service, port)| (service.name.clone(), port));
     StoredFlow {
         record: FlowRecord {
             time: flow.time,

@@ -35,10 +35,11 @@ pub fn denied(state: &MeshState, connection: &KernelConnection<'_>) -> bool {
         if connection.protocol == TCP {
             return source.is_some_and(|source| plaintext_abroad(state, source, server));
         }
-        let service = state.service_at(server).filter(|_| connection.pod.is_none());
-        return source
-            .zip(service)
-            .is_some_and(|(source, service)| denied_behind(state, connection, source, service));
+        let dialled = state.dialled(connection.server, connection.protocol);
+        let service = dialled.filter(|_| connection.pod.is_none());
+        return source.zip(service).is_some_and(|(source, (service, port))| {
+            denied_behind(state, connection.protocol, source, service, port)
+        });
     };
     if !destination.mode.enrolled() {
         return false;
@@ -80,9 +81,10 @@ fn plaintext_abroad(state: &MeshState, source: &Workload, server: IpAddr) -> boo
 /// enrolled Pod of another node that may get the packet has to allow it in plaintext.
 fn denied_behind(
     state: &MeshState,
-    connection: &KernelConnection<'_>,
+    protocol: u8,
     source: &Workload,
     service: &Service,
+    port: u16,
 ) -> bool {
     let behind: Vec<(&Endpoint, Option<&Workload>)> =
         service.endpoints.iter().filter_map(|e| Some((e, elsewhere(state, source, e)?))).collect();
@@ -92,7 +94,7 @@ fn denied_behind(
     if !behind.iter().any(|(_, pod)| guarded(pod)) {
         return false;
     }
-    let dialled = (connection.protocol, connection.server.port());
+    let dialled = (protocol, port);
     let target = |endpoint: &Endpoint| {
         let mut ports = endpoint.packet_ports.iter();
         ports.find(|port| (port.protocol, port.port) == dialled).map(|port| port.target)
@@ -105,8 +107,8 @@ fn denied_behind(
         let Some(target) = target(endpoint) else { return false };
         let Some(destination) = pod else { return true };
         // Ports are part of a policy for TCP and UDP only.
-        let port = if connection.protocol == UDP { target } else { 0 };
-        let decision = judge(state, &Access { caller, destination, port, protocol: connection.protocol });
+        let port = if protocol == UDP { target } else { 0 };
+        let decision = judge(state, &Access { caller, destination, port, protocol });
         decision.outcome != Outcome::Allow || !decision.plaintext
     })
 }
