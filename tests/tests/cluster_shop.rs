@@ -74,7 +74,7 @@ fn replaced_under_load(mesh: &Mesh) -> Result<()> {
         let quotes = scope.spawn(|| shop::quote(mesh, "roll-out", 20, 50, false));
         mesh.cluster.kubectl(&["-n", "weft-system", "rollout", "restart", "daemonset/weft-agent"])?;
         mesh.rolled_out()?;
-        // New gRPC connections on the new agents; the call above was on one connection from before.
+        // New gRPC connections on the new agents; the calls above began on one from before.
         for n in 0..10 {
             shop::quote(mesh, &format!("after-{n}"), 1, 0, n % 2 == 1)?;
         }

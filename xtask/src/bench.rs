@@ -32,9 +32,9 @@ fn control_plane(args: &[&str]) -> Outcome {
     sh::run(bench.args(args))
 }
 
-/// The node proxy beside its peers, built as images hold it.
+/// The node proxy beside its peers; what counts is built as images hold it.
 fn proxy(args: &[&str]) -> Outcome {
-    let profile = Profile::Dist;
+    let profile = if args.contains(&"--full") { Profile::Dist } else { Profile::Release };
     bpf::build_programs(profile, &["weft-agent", "weft-operator", "weft-cli", "weft-tests", "weft-bench"])?;
     let folder = profile.folder();
     let mut bench = sh::as_root(folder.join("weft-bench"))?;

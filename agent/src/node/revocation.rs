@@ -79,13 +79,7 @@ fn plaintext_abroad(state: &MeshState, source: &Workload, server: IpAddr) -> boo
 
 /// Whether a Service's address must not be spoken to, as the kernel's rows say it: where one side is strict, each
 /// enrolled Pod of another node that may get the packet has to allow it in plaintext.
-fn denied_behind(
-    state: &MeshState,
-    protocol: u8,
-    source: &Workload,
-    service: &Service,
-    port: u16,
-) -> bool {
+fn denied_behind(state: &MeshState, protocol: u8, source: &Workload, service: &Service, port: u16) -> bool {
     let behind: Vec<(&Endpoint, Option<&Workload>)> =
         service.endpoints.iter().filter_map(|e| Some((e, elsewhere(state, source, e)?))).collect();
     let guarded = |pod: &Option<&Workload>| {

@@ -82,29 +82,40 @@ pub struct Health {
     pace_ms: u64,
 }
 
+/// Connections after one another.
+const CONNECTIONS: usize = 5;
+
 impl Health {
     pub(super) fn run(self) -> Result<Value> {
         let (mut serving, mut problem) = (0, None);
-        let result = plain::dial(&self.target.to, self.target.timeout()).and_then(|stream| {
-            runtime()?.block_on(async {
-                let (mut requests, connection) = h2::client::handshake(adopt(stream)?).await?;
-                let calls = async {
-                    for _ in 0..self.count {
-                        let call = check(&mut requests, &self.target.to, &self.service);
-                        timeout(self.target.timeout(), call).await.context("no answer in time")??;
-                        serving += 1;
-                        tokio::time::sleep(std::time::Duration::from_millis(self.pace_ms)).await;
+        // A connection that ends in order, after a GOAWAY, is followed by another, as every gRPC client does it.
+        let result = (0..CONNECTIONS).try_for_each(|_| {
+            if serving == self.count {
+                return Ok(());
+            }
+            plain::dial(&self.target.to, self.target.timeout()).and_then(|stream| {
+                runtime()?.block_on(async {
+                    let (mut requests, connection) = h2::client::handshake(adopt(stream)?).await?;
+                    let calls = async {
+                        while serving < self.count {
+                            let call = check(&mut requests, &self.target.to, &self.service);
+                            timeout(self.target.timeout(), call).await.context("no answer in time")??;
+                            serving += 1;
+                            tokio::time::sleep(std::time::Duration::from_millis(self.pace_ms)).await;
+                        }
+                        anyhow::Ok(())
+                    };
+                    tokio::select! {
+                        biased;
+                        ended = connection => Ok(ended?),
+                        done = calls => done,
                     }
-                    anyhow::Ok(())
-                };
-                tokio::select! {
-                    done = calls => done,
-                    ended = connection => {
-                        ended?;
-                        anyhow::bail!("the server ended the connection")
-                    }
-                }
+                })
             })
+        });
+        let result = result.and_then(|()| {
+            anyhow::ensure!(serving == self.count, "the server ended {CONNECTIONS} connections");
+            Ok(())
         });
         if let Err(error) = result {
             problem = Some(format!("{}: {error:#}", kind_of(&error)));
