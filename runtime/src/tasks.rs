@@ -104,6 +104,8 @@ impl Tasks {
         F: Future<Output = ()> + Send + 'static,
     {
         let shared = Arc::clone(&self.shared);
+        // Each of the futures around it would hold it twice: once until it is polled, once while it is.
+        let f = Box::pin(f);
         self.start(runtime, name, async move {
             // The panic ends this task alone; whatever it shared is behind locks that do not poison.
             if let Err(panic) = AssertUnwindSafe(f).catch_unwind().await {
