@@ -60,7 +60,8 @@ pub(crate) async fn run(args: &ObserveArgs) -> Result<Outcome, Failure> {
             }
         }
         None => {
-            let mesh = Mesh::open(&connect::cluster(&args.server).await?).await?;
+            let cluster = connect::cluster(&args.server).await?;
+            let mesh = Mesh::open_for(&cluster, args.namespace.as_deref()).await?;
             for problem in &mesh.problems {
                 eprintln!("weft: {}", clean(problem));
             }

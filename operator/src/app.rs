@@ -24,7 +24,7 @@ use weft_runtime::{
 
 use crate::{
     auth::{Authenticator, Tokens},
-    authority::Expiry,
+    authority::{Expiry, Signing},
     cli::{Cli, Command, RunArgs, SourceArg},
     controller::{Controller, Overview},
     distribution::Distribution,
@@ -159,6 +159,15 @@ pub async fn build(args: &RunArgs) -> Result<(Operator, DrainTrigger)> {
     tracing::info!(source = source.name(), %trust_domain, "objects are read");
     let (sender, batches) = mpsc::channel(16);
     tasks.vital("source", source.run(sender, drain.clone()));
+    if ca.borrow().is_none() {
+        let (mut ca, ready) = (ca.clone(), readiness.guard("usable CA"));
+        tasks.spawn("first CA", async move {
+            // Dropped without one: the process ends.
+            if ca.wait_for(Option::is_some).await.is_ok() {
+                ready.ready();
+            }
+        });
+    }
     let (overview, overviews) = watch::channel(Arc::new(Overview::default()));
     let controller = Controller {
         index: Index::new(trust_domain),
@@ -227,7 +236,7 @@ struct Parts {
     source: Box<dyn Source>,
     callers: Arc<dyn Authenticator>,
     viewers: Arc<dyn Viewers>,
-    ca: watch::Receiver<Arc<EmbeddedCa>>,
+    ca: Signing,
     trust_domain: TrustDomain,
     last_good: Option<LastGood>,
     status: Box<dyn WriteStatus>,
@@ -250,7 +259,7 @@ fn of_folder(args: &RunArgs, dir: &Path) -> Result<Parts> {
     let bundle = state.join("bundle.pem");
     durable::replace(&bundle, ca.roots_pem().as_bytes(), 0o644)
         .with_context(|| format!("cannot write {}", bundle.display()))?;
-    let (_, ca) = watch::channel(Arc::new(ca));
+    let (_, ca) = watch::channel(Some(Arc::new(ca)));
     let status = StatusWriter::new(dir.join("status"))
         .with_context(|| format!("cannot use {}; make it writable", dir.join("status").display()))?;
     let (status, last_good) = (Box::new(status), Some(last_good));
@@ -275,7 +284,8 @@ async fn run(
     Ok(router.serve_with_incoming_shutdown(incoming, drain.draining()).await?)
 }
 
-/// The flag, or the folder's MeshConfig, or its last good form, or the default. The CA is made for it, so it must be known first.
+/// The flag, or the folder's MeshConfig, or its last good form, or the default. The CA is made for it, so it must be known
+/// first; a MeshConfig that asks for a CA of its own ends the start.
 fn trust_domain(args: &RunArgs, dir: &Path, kept: &[Kept]) -> Result<TrustDomain> {
     let written = || -> Result<Option<String>> {
         for entry in fs::read_dir(dir)? {
@@ -283,6 +293,10 @@ fn trust_domain(args: &RunArgs, dir: &Path, kept: &[Kept]) -> Result<TrustDomain
             let yaml = path.extension().is_some_and(|e| e == "yaml" || e == "yml");
             let Some(text) = yaml.then(|| fs::read_to_string(&path).ok()).flatten() else { continue };
             for document in objects::parse(&text).into_iter().flatten() {
+                // Another root than the one that is asked for would sign everything.
+                if let Some(problem) = objects::without_secrets(&document.object) {
+                    bail!("{}: {}: {problem}", path.display(), document.key);
+                }
                 if let Object::MeshConfig(config) = document.object {
                     return Ok(Some(config.spec.trust_domain));
                 }
@@ -293,10 +307,8 @@ fn trust_domain(args: &RunArgs, dir: &Path, kept: &[Kept]) -> Result<TrustDomain
             _ => None,
         }))
     };
-    let name = match &args.trust_domain {
-        Some(name) => name.clone(),
-        None => written()?.unwrap_or_else(|| "cluster.local".into()),
-    };
+    let written = written()?;
+    let name = args.trust_domain.clone().or(written).unwrap_or_else(|| "cluster.local".into());
     TrustDomain::new(&name).with_context(|| {
         format!("{name:?} is no trust domain; correct --trust-domain or MeshConfig spec.trustDomain")
     })

@@ -70,6 +70,9 @@ pub fn bearer(metadata: &MetadataMap) -> Result<&str, Refused> {
 /// Why a caller is not let in. What exactly is wrong is for the log, not for the caller.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Refused {
+    /// It is known who calls, and that may not do this.
+    #[error("{0}")]
+    Forbidden(String),
     /// There is no `authorization: Bearer` header.
     #[error("the call carries no bearer token")]
     Missing,

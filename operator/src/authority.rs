@@ -29,28 +29,37 @@ pub const PROPAGATION: Duration = Duration::from_secs(150);
 /// Most old roots that are kept.
 const MAX_RETIRED: usize = 8;
 
+/// Follows the CA that signs now; none until there is a usable one.
+pub type Signing = watch::Receiver<Option<Arc<EmbeddedCa>>>;
+
 /// The authority of the mesh.
 pub struct Authority {
     propagation: Duration,
     state: Mutex<State>,
-    current: watch::Sender<Arc<EmbeddedCa>>,
+    current: watch::Sender<Option<Arc<EmbeddedCa>>>,
 }
 
 struct State {
-    /// As it was given: its own certificate, and the roots that came with it.
-    signer: EmbeddedCa,
+    /// As it was given: its own certificate, and the roots that came with it. Once there is one there always is.
+    signer: Option<EmbeddedCa>,
     next: Option<(EmbeddedCa, SystemTime)>,
     /// Roots that have signed, and until when they are trusted.
     retired: Vec<(CertificateDer<'static>, SystemTime)>,
 }
 
-/// The metric of when the CA expires.
+/// The metrics of whether there is a CA that signs, and when it expires.
 #[derive(Debug)]
-pub struct Expiry(pub watch::Receiver<Arc<EmbeddedCa>>);
+pub struct Expiry(pub Signing);
 
 impl Collector for Expiry {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
-        let until = self.0.borrow().not_after().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let until = self.0.borrow().as_ref().map(|ca| ca.not_after());
+        let help = "1 where a CA signs; 0 without a usable one, or with one that has expired";
+        let metric = encoder.encode_descriptor("weft_operator_ca_signs", help, None, MetricType::Gauge)?;
+        let signs = until.is_some_and(|until| until > SystemTime::now());
+        ConstGauge::new(i64::from(signs)).encode(metric)?;
+        let Some(until) = until else { return Ok(()) };
+        let until = until.duration_since(UNIX_EPOCH).unwrap_or_default();
         let name = "weft_operator_ca_expiry_timestamp_seconds";
         let metric = encoder.encode_descriptor(name, "When the CA expires", None, MetricType::Gauge)?;
         ConstGauge::new(until.as_secs_f64()).encode(metric)
@@ -69,6 +78,9 @@ pub struct Bundle {
 /// What became of an offered CA.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Offered {
+    /// There was none before: it signs from now on. Nothing could be signed meanwhile, so nothing is won by waiting until
+    /// everybody knows it.
+    First,
     /// It is the one that signs, or the one that is about to.
     Known,
     /// It is trusted now, and signs after the propagation.
@@ -80,41 +92,59 @@ pub enum Offered {
 impl Authority {
     /// With a CA that signs from now on. `propagation` is [`PROPAGATION`] but in tests.
     pub fn new(ca: EmbeddedCa, propagation: Duration) -> Self {
-        let state = State { signer: ca, next: None, retired: Vec::new() };
-        let current = watch::Sender::new(Arc::new(state.publish()));
+        Self::with(Some(ca), propagation)
+    }
+
+    /// Without a CA: nothing is signed until one is offered.
+    pub fn vacant(propagation: Duration) -> Self {
+        Self::with(None, propagation)
+    }
+
+    fn with(signer: Option<EmbeddedCa>, propagation: Duration) -> Self {
+        let state = State { signer, next: None, retired: Vec::new() };
+        let current = watch::Sender::new(state.publish().map(Arc::new));
         Self { propagation, state: Mutex::new(state), current }
     }
 
     /// The CA that signs; its roots are all that are trusted.
-    pub fn ca(&self) -> Arc<EmbeddedCa> {
-        Arc::clone(&self.current.borrow())
+    pub fn ca(&self) -> Option<Arc<EmbeddedCa>> {
+        self.current.borrow().clone()
     }
 
     /// Follows [`Self::ca`].
-    pub fn subscribe(&self) -> watch::Receiver<Arc<EmbeddedCa>> {
+    pub fn subscribe(&self) -> Signing {
         self.current.subscribe()
     }
 
     /// Takes the CA that shall sign in the future.
     pub fn offer(&self, ca: EmbeddedCa, now: SystemTime) -> Offered {
         let mut state = self.state.lock();
+        let state = &mut *state;
         let mut outcome = Offered::Known;
-        let trusted = state.signer.roots();
-        if ca.certificate() == state.signer.certificate() {
+        let Some(signer) = &mut state.signer else {
+            // What another process published may hold its root already.
+            let own = ca.roots();
+            state.retired.retain(|(root, _)| !own.contains(root));
+            state.signer = Some(ca);
+            self.publish(state);
+            return Offered::First;
+        };
+        let trusted = signer.roots();
+        if ca.certificate() == signer.certificate() {
             // The roots beside it may be others. A successor that was taken back has signed nothing here, but perhaps
             // at another replica.
+            *signer = ca;
             let taken_back = state.next.take();
             state.retire(taken_back.as_ref().map(|(next, _)| next), now);
-            state.signer = ca;
         } else if let Some((next, _)) =
             state.next.as_mut().filter(|(next, _)| next.certificate() == ca.certificate())
         {
             *next = ca;
         } else if ca.roots().iter().all(|root| trusted.contains(root)) {
             // Another intermediate below the same root: everybody trusts it already.
+            let before = std::mem::replace(signer, ca);
             let taken_back = state.next.take();
             state.retire(taken_back.as_ref().map(|(next, _)| next), now);
-            let before = std::mem::replace(&mut state.signer, ca);
             state.retire(Some(&before), now);
             outcome = Offered::Replaced;
         } else {
@@ -122,10 +152,10 @@ impl Authority {
             state.retire(replaced.as_ref().map(|(next, _)| next), now);
             outcome = Offered::Staged;
         }
-        if state.signer.not_after() <= now {
+        if state.expired(now) {
             state.advance(self.propagation, now);
         }
-        self.publish(&state);
+        self.publish(state);
         outcome
     }
 
@@ -176,10 +206,11 @@ impl Authority {
 
     fn publish(&self, state: &State) {
         let new = state.publish();
+        let parts = |ca: &EmbeddedCa| (ca.roots(), ca.certificate().clone());
         self.current.send_if_modified(|current| {
-            let changed = current.roots() != new.roots() || current.certificate() != new.certificate();
+            let changed = current.as_deref().map(parts) != new.as_ref().map(parts);
             if changed {
-                *current = Arc::new(new);
+                *current = new.map(Arc::new);
             }
             changed
         });
@@ -196,24 +227,28 @@ impl State {
     /// Lets the successor sign once it is known everywhere; true where it does from now on. Beside a signer that has
     /// expired it does so at once: nothing can be signed before, and waiting would only make the outage longer.
     fn advance(&mut self, propagation: Duration, now: SystemTime) -> bool {
-        let expired = self.signer.not_after() <= now;
+        let expired = self.expired(now);
         let due = |(_, since): &(EmbeddedCa, SystemTime)| {
             expired || now.duration_since(*since).is_ok_and(|age| age >= propagation)
         };
         if self.next.as_ref().is_some_and(due)
             && let Some((next, _)) = self.next.take()
         {
-            let before = std::mem::replace(&mut self.signer, next);
-            self.retire(Some(&before), now);
+            let before = self.signer.replace(next);
+            self.retire(before.as_ref(), now);
             return true;
         }
         false
     }
 
+    fn expired(&self, now: SystemTime) -> bool {
+        self.signer.as_ref().is_some_and(|signer| signer.not_after() <= now)
+    }
+
     /// Roots that stay for now, the signing one first.
     fn lasting(&self) -> Vec<CertificateDer<'static>> {
         let next = self.next.iter().flat_map(|(next, _)| next.roots());
-        unique(self.signer.roots().into_iter().chain(next))
+        unique(self.signer.iter().flat_map(EmbeddedCa::roots).chain(next))
     }
 
     fn roots(&self) -> Vec<CertificateDer<'static>> {
@@ -232,8 +267,8 @@ impl State {
     }
 
     /// The signer together with all roots.
-    fn publish(&self) -> EmbeddedCa {
-        self.signer.with_roots(self.roots())
+    fn publish(&self) -> Option<EmbeddedCa> {
+        self.signer.as_ref().map(|signer| signer.with_roots(self.roots()))
     }
 }
 
@@ -282,6 +317,10 @@ mod tests {
         ca.certificate().clone()
     }
 
+    fn signer(authority: &Authority) -> Arc<EmbeddedCa> {
+        authority.ca().unwrap()
+    }
+
     fn copy(ca: &EmbeddedCa) -> EmbeddedCa {
         EmbeddedCa::from_pem(&ca.to_pem(), ca.trust_domain().clone()).unwrap()
     }
@@ -295,18 +334,18 @@ mod tests {
         assert_eq!(authority.offer(copy(&old), start), Offered::Known);
         assert_eq!(authority.offer(copy(&new), start), Offered::Staged);
         assert_eq!(authority.offer(copy(&new), start), Offered::Known);
-        assert_eq!(authority.ca().roots(), [first.clone(), second.clone()]);
+        assert_eq!(signer(&authority).roots(), [first.clone(), second.clone()]);
         assert!(authority.bundle().retire_at.is_empty());
 
         assert!(!authority.tick(start + wait / 2));
         assert!(authority.tick(start + wait));
-        assert_eq!(authority.ca().roots(), [second.clone(), first.clone()]);
+        assert_eq!(signer(&authority).roots(), [second.clone(), first.clone()]);
         let until = start + wait + MAX_SVID_LIFETIME;
         assert_eq!(authority.bundle().retire_at.len(), 1);
         assert!(!authority.tick(until - Duration::from_secs(1)));
-        assert_eq!(authority.ca().roots().len(), 2);
+        assert_eq!(signer(&authority).roots().len(), 2);
         authority.tick(until);
-        assert_eq!(authority.ca().roots(), [second]);
+        assert_eq!(signer(&authority).roots(), [second]);
     }
 
     #[test]
@@ -315,12 +354,12 @@ mod tests {
         let authority = Authority::new(copy(&old), PROPAGATION);
         let late = old.not_after();
         authority.offer(copy(&new), late - Duration::from_secs(1));
-        assert_eq!(own(&authority.ca()), own(&old));
+        assert_eq!(own(&signer(&authority)), own(&old));
         assert!(authority.tick(late));
-        assert_eq!(own(&authority.ca()), own(&new));
+        assert_eq!(own(&signer(&authority)), own(&new));
         let authority = Authority::new(copy(&old), PROPAGATION);
         assert_eq!(authority.offer(copy(&new), late), Offered::Staged);
-        assert_eq!(authority.ca().roots(), [own(&new), own(&old)]);
+        assert_eq!(signer(&authority).roots(), [own(&new), own(&old)]);
     }
 
     #[test]
@@ -330,13 +369,13 @@ mod tests {
         let authority = Authority::new(copy(&new), PROPAGATION);
         let now = SystemTime::now();
         authority.adopt(&before, now);
-        assert_eq!(authority.ca().roots(), [own(&new), own(&old)]);
+        assert_eq!(signer(&authority).roots(), [own(&new), own(&old)]);
         // What it publishes says when the old root goes, and a third process keeps to that.
         let third = Authority::new(copy(&new), PROPAGATION);
         let later = now + MAX_SVID_LIFETIME / 2;
         third.adopt(&authority.bundle(), later);
         third.tick(now + MAX_SVID_LIFETIME + Duration::from_secs(1));
-        assert_eq!(third.ca().roots().len(), 1);
+        assert_eq!(signer(&third).roots().len(), 1);
     }
 
     #[test]
@@ -347,6 +386,22 @@ mod tests {
         authority.offer(copy(&new), now);
         authority.offer(copy(&old), now);
         assert!(!authority.tick(now + PROPAGATION));
-        assert_eq!(authority.ca().roots(), [own(&old), own(&new)]);
+        assert_eq!(signer(&authority).roots(), [own(&old), own(&new)]);
+    }
+
+    #[test]
+    fn without_a_ca_the_first_that_comes_signs() {
+        let (old, new) = (ca(), ca());
+        let published = Authority::new(copy(&old), PROPAGATION).bundle();
+        let now = SystemTime::now();
+        for (offered, roots) in [(&old, vec![own(&old)]), (&new, vec![own(&new), own(&old)])] {
+            let authority = Authority::vacant(PROPAGATION);
+            authority.adopt(&published, now);
+            authority.tick(now);
+            assert!(authority.ca().is_none());
+            assert_eq!(authority.offer(copy(offered), now), Offered::First);
+            assert_eq!(signer(&authority).roots(), roots);
+            assert_eq!(authority.offer(copy(offered), now), Offered::Known);
+        }
     }
 }

@@ -11,8 +11,10 @@ use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::watch;
 use weft_core::{Resource, ResourceKey, Version, Workload};
 
+mod messages;
 pub mod nodes;
 
+pub use messages::{Encoded, MessageError};
 pub use nodes::Nodes;
 
 /// Changes that are kept, so that an agent that was away for a short time gets the difference only.
@@ -29,6 +31,7 @@ pub struct Snapshot {
     pub resources: BTreeMap<ResourceKey, Published>,
     /// What led here, newest last.
     changes: VecDeque<Arc<Change>>,
+    messages: messages::Messages,
 }
 
 /// A resource, and its text as nodes get it: written once, sent to each.
@@ -135,7 +138,12 @@ impl Distribution {
         {
             changes.pop_front();
         }
-        self.current.send_replace(Some(Arc::new(Snapshot { version, resources, changes })));
+        self.current.send_replace(Some(Arc::new(Snapshot {
+            version,
+            resources,
+            changes,
+            messages: messages::Messages::default(),
+        })));
         version
     }
 
@@ -171,11 +179,7 @@ pub struct Difference<'a> {
 impl Snapshot {
     /// What leads from `held` here; everything where that version is of another epoch or forgotten.
     pub fn since(&self, held: Version) -> Difference<'_> {
-        let oldest = self.changes.front().map_or(u64::MAX, |c| c.sequence);
-        let known = held.epoch == self.version.epoch
-            && held.sequence <= self.version.sequence
-            && held.sequence.saturating_add(1) >= oldest;
-        if !known || held.sequence == 0 {
+        if !self.knows(held) {
             return Difference {
                 full: true,
                 upserted: self.resources.values().collect(),
@@ -193,32 +197,58 @@ impl Snapshot {
         }
         Difference { full: false, upserted, removed }
     }
+
+    /// Whether the way from `held` is known.
+    fn knows(&self, held: Version) -> bool {
+        let oldest = self.changes.front().map_or(u64::MAX, |c| c.sequence);
+        held.epoch == self.version.epoch
+            && held.sequence > 0
+            && held.sequence <= self.version.sequence
+            && held.sequence.saturating_add(1) >= oldest
+    }
 }
 
 impl Published {
+    /// Whether `node` is told more of it than others.
+    fn tells_more(&self, node: &str) -> bool {
+        matches!(&self.resource, Resource::Workload(w) if w.netns.is_some() && *w.node == *node)
+    }
+
     /// The resource as `node` gets it, as JSON: only a Pod's own node learns where its namespace is.
     ///
     /// # Errors
     /// When it does not serialise.
     pub fn json(&self, node: &str) -> Result<Bytes, serde_json::Error> {
-        let [own, foreign] = &*self.json;
-        let elsewhere = match &self.resource {
-            Resource::Workload(w) if w.netns.is_some() && *w.node != *node => Some(w),
-            _ => None,
-        };
-        let place = if elsewhere.is_some() { foreign } else { own };
-        if let Some(json) = place.get() {
-            return Ok(json.clone());
+        if !self.tells_more(node) {
+            return self.foreign();
         }
-        let json = match elsewhere {
-            Some(w) => {
-                let stripped = Workload { netns: None, ..Workload::clone(w) };
-                serde_json::to_vec(&Resource::Workload(Arc::new(stripped)))?
-            }
-            None => serde_json::to_vec(&self.resource)?,
-        };
-        Ok(place.get_or_init(|| json.into()).clone())
+        let [own, _] = &*self.json;
+        written(own, || serde_json::to_vec(&self.resource))
     }
+
+    /// As all other nodes get it.
+    fn foreign(&self) -> Result<Bytes, serde_json::Error> {
+        let [_, foreign] = &*self.json;
+        written(foreign, || match &self.resource {
+            Resource::Workload(w) if w.netns.is_some() => {
+                let stripped = Workload { netns: None, ..Workload::clone(w) };
+                serde_json::to_vec(&Resource::Workload(Arc::new(stripped)))
+            }
+            resource => serde_json::to_vec(resource),
+        })
+    }
+}
+
+/// What is there, or what is to be there.
+fn written(
+    place: &OnceLock<Bytes>,
+    write: impl FnOnce() -> Result<Vec<u8>, serde_json::Error>,
+) -> Result<Bytes, serde_json::Error> {
+    if let Some(json) = place.get() {
+        return Ok(json.clone());
+    }
+    let json = write()?;
+    Ok(place.get_or_init(|| json.into()).clone())
 }
 
 #[cfg(test)]

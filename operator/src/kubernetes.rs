@@ -1,7 +1,7 @@
 //! What the operator does in a Kubernetes cluster besides reading objects: the lease that decides who writes, the CA in
 //! a Secret, the trust bundle in a ConfigMap, the check of agents' tokens, statuses and Events.
 
-use kube::{Client, Config};
+use kube::{Client, Config, runtime::watcher};
 
 pub mod acks;
 pub mod bundle;
@@ -11,6 +11,7 @@ pub mod lease;
 pub mod review;
 pub mod secret;
 pub mod status;
+pub mod viewers;
 
 /// Who the operator is in `managedFields`, in Events and in route statuses' `controllerName`.
 pub const MANAGER: &str = "weft-operator";
@@ -69,6 +70,25 @@ impl std::fmt::Debug for Cluster {
             .field("namespace", &self.namespace)
             .field("pod", &self.pod)
             .finish_non_exhaustive()
+    }
+}
+
+/// Why a call failed, on one line: what the API server said, where it said something.
+fn reason(error: &kube::Error) -> String {
+    match error {
+        kube::Error::Api(status) => status.message.clone(),
+        other => other.to_string(),
+    }
+}
+
+/// Why a watch failed.
+fn watch_reason(error: &watcher::Error) -> String {
+    match error {
+        watcher::Error::InitialListFailed(error)
+        | watcher::Error::WatchStartFailed(error)
+        | watcher::Error::WatchFailed(error) => reason(error),
+        watcher::Error::WatchError(status) => status.message.clone(),
+        watcher::Error::NoResourceVersion => error.to_string(),
     }
 }
 

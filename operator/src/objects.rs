@@ -168,6 +168,17 @@ pub struct Document {
     pub text: Arc<str>,
 }
 
+/// Where there are no Secrets, as in a folder: what is wrong with an object that names one.
+pub(crate) fn without_secrets(object: &Object) -> Option<String> {
+    let Object::MeshConfig(config) = object else { return None };
+    let named = config.spec.issuer.embedded.secret_ref.as_ref()?;
+    Some(format!(
+        "spec.issuer.embedded.secretRef: there is no Secret {}/{} beside a folder of objects; take the field out, and put a CA \
+         of your own into ca.pem of --state-dir (mode 0600: the key, its certificate, those above it) before the start",
+        named.namespace, named.name
+    ))
+}
+
 /// A document that was not.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BadDocument {

@@ -26,6 +26,7 @@ pub mod people;
 #[cfg(test)]
 mod tests;
 pub mod viewers;
+mod within;
 
 /// Answers to one question that may wait here.
 const CREDIT: u32 = 256;

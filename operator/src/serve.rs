@@ -23,7 +23,6 @@ use rustls::{
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
-    sync::watch,
     time::{sleep, timeout},
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
@@ -31,10 +30,14 @@ use tonic::transport::server::{Connected, TlsConnectInfo};
 use weft_identity::ca::{CaError, EmbeddedCa};
 use weft_runtime::DrainWatcher;
 
+use crate::authority::Signing;
+
 /// How long a handshake may take.
 const HANDSHAKE: Duration = Duration::from_secs(5);
 /// The longest time between two certificates, whatever their life.
 const MAX_AGE: Duration = Duration::from_secs(24 * 3600);
+/// Bytes of a connection that wait encrypted for a caller who does not read.
+const UNSENT: usize = 32 << 10;
 /// The wait after a failed renewal or accept.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -72,22 +75,24 @@ pub enum ServeError {
 #[derive(Clone)]
 pub struct Certificate {
     names: Arc<[String]>,
-    ca: watch::Receiver<Arc<EmbeddedCa>>,
+    ca: Signing,
     provider: Arc<CryptoProvider>,
     current: Arc<Current>,
 }
 
-struct Current(RwLock<(Arc<CertifiedKey>, SystemTime)>);
+/// None where no CA has signed one yet: then no handshake succeeds.
+struct Current(RwLock<Option<(Arc<CertifiedKey>, SystemTime)>>);
 
 impl Certificate {
-    /// A first one for the DNS names, signed by the CA that signs now.
+    /// A first one for the DNS names, signed by the CA that signs now. Where none does, [`Self::renew`] makes it later.
     ///
     /// # Errors
     /// When it cannot be made.
-    pub fn new(names: &[&str], ca: watch::Receiver<Arc<EmbeddedCa>>) -> Result<Self, ServeError> {
+    pub fn new(names: &[&str], ca: Signing) -> Result<Self, ServeError> {
         let provider = Arc::new(aws_lc_rs::default_provider());
         let names: Arc<[String]> = names.iter().map(|n| (*n).to_owned()).collect();
-        let first = make(&names, &ca.borrow(), &provider)?;
+        let signing = ca.borrow().clone();
+        let first = signing.map(|ca| make(&names, &ca, &provider)).transpose()?;
         Ok(Self { names, ca, provider, current: Arc::new(Current(RwLock::new(first))) })
     }
 
@@ -111,19 +116,19 @@ impl Certificate {
         // Without a sender there will be no other CA; time goes on.
         let mut changes = true;
         loop {
-            let not_after = self.current.0.read().1;
-            let left = not_after.duration_since(SystemTime::now()).unwrap_or_default();
+            let not_after = self.current.0.read().as_ref().map(|(_, not_after)| *not_after);
+            let left = not_after.map(|end| end.duration_since(SystemTime::now()).unwrap_or_default());
             tokio::select! {
                 () = drain.draining() => return,
                 changed = self.ca.changed(), if changes => if changed.is_err() {
                     changes = false;
                     continue;
                 },
-                () = sleep((left / 2).min(MAX_AGE)) => {}
+                () = sleep(left.map_or(MAX_AGE, |left| (left / 2).min(MAX_AGE))) => {}
             }
-            let ca = Arc::clone(&self.ca.borrow_and_update());
+            let Some(ca) = self.ca.borrow_and_update().clone() else { continue };
             match make(&self.names, &ca, &self.provider) {
-                Ok(next) => *self.current.0.write() = next,
+                Ok(next) => *self.current.0.write() = Some(next),
                 Err(error) => {
                     tracing::error!("{error}; the present certificate goes on and it is tried again");
                     self.ca.mark_changed();
@@ -148,13 +153,13 @@ fn make(
 
 impl ResolvesServerCert for Current {
     fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
-        Some(Arc::clone(&self.0.read().0))
+        self.0.read().as_ref().map(|(certificate, _)| Arc::clone(certificate))
     }
 }
 
 impl fmt::Debug for Current {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Current").field("not_after", &self.0.read().1).finish()
+        f.debug_struct("Current").field("not_after", &self.0.read().as_ref().map(|(_, end)| *end)).finish()
     }
 }
 
@@ -258,8 +263,10 @@ impl Incoming {
         let handshake = self.acceptor.accept(tcp);
         let work = async move {
             match timeout(HANDSHAKE, handshake).await {
-                Ok(Ok(stream)) => {
-                    drop(stream.get_ref().0.set_nodelay(true));
+                Ok(Ok(mut stream)) => {
+                    let (tcp, tls) = stream.get_mut();
+                    drop(tcp.set_nodelay(true));
+                    tls.set_buffer_limit(Some(UNSENT));
                     Some(Connection { stream, _place: place })
                 }
                 Ok(Err(error)) => {

@@ -17,3 +17,7 @@ mod proxy;
 mod server;
 #[path = "apiserver/source.rs"]
 mod source;
+#[path = "apiserver/start.rs"]
+mod start;
+#[path = "apiserver/viewers.rs"]
+mod viewers;

@@ -65,9 +65,9 @@ async fn start(objects: &[(&str, &str)]) -> Fixture {
     run(folder, state).await
 }
 
-async fn run(folder: TempDir, state: TempDir) -> Fixture {
+fn args(folder: &TempDir, state: &TempDir) -> RunArgs {
     let any = "127.0.0.1:0".parse().unwrap();
-    let args = RunArgs {
+    RunArgs {
         source: SourceArg::Dir(folder.path().into()),
         state_dir: Some(state.path().into()),
         namespace: "weft-system".into(),
@@ -76,7 +76,11 @@ async fn run(folder: TempDir, state: TempDir) -> Fixture {
         admin: any,
         trust_domain: None,
         log_json: false,
-    };
+    }
+}
+
+async fn run(folder: TempDir, state: TempDir) -> Fixture {
+    let args = args(&folder, &state);
     let (operator, trigger) = app::build(&args).await.unwrap();
     timeout(WAIT, operator.readiness.wait()).await.unwrap();
     Fixture { objects: folder, state, operator, trigger }
@@ -453,4 +457,18 @@ async fn a_root_is_replaced_without_a_refused_handshake() {
     handshakes(&fourth, &last).await;
     assert!(trigger.drain(WAIT).await);
     assert_eq!(tasks.join(WAIT).await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_folder_that_asks_for_a_ca_of_a_secret_is_refused_at_the_start() {
+    let (folder, state) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+    let text = "apiVersion: weft.mesh/v1alpha1\nkind: MeshConfig\nmetadata: {name: default}\n\
+                spec: {issuer: {embedded: {secretRef: {namespace: pki, name: mesh}}}}\n";
+    fs::write(folder.path().join("mesh.yaml"), text).unwrap();
+    for trust_domain in [None, Some("cluster.local".into())] {
+        let args = RunArgs { trust_domain, ..args(&folder, &state) };
+        let error = app::build(&args).await.err().unwrap().to_string();
+        assert!(error.contains("mesh.yaml") && error.contains("there is no Secret pki/mesh"), "{error}");
+    }
+    assert!(!state.path().join("ca.pem").exists(), "another root was made");
 }

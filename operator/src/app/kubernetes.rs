@@ -21,6 +21,7 @@ use crate::{
         review::Reviewer,
         secret::{CaSecret, Place, SecretError},
         status::KubernetesStatus,
+        viewers::Reviews,
     },
     last_good::LastGood,
     source::kubernetes::{KubernetesSource, Observed},
@@ -39,7 +40,7 @@ pub(super) async fn parts(args: &RunArgs) -> Result<Parts> {
             .to_owned(),
     };
     let cluster = Cluster::connect(&args.namespace, &pod).await?;
-    let mesh = patiently("the MeshConfig", || mesh_config(&cluster)).await?;
+    let mesh = patiently("the MeshConfig", async || mesh_config(&cluster).await).await?;
     let trust_domain = trust_domain(args, mesh.as_ref())?;
     let (last_good, kept) = match &args.state_dir {
         Some(folder) => {
@@ -53,17 +54,28 @@ pub(super) async fn parts(args: &RunArgs) -> Result<Parts> {
         None => Place::own(&cluster),
     };
     let secret = CaSecret::new(&cluster, place.clone(), trust_domain.clone());
-    let ca = patiently("the CA", || secret.open()).await?;
-    let authority = Arc::new(Authority::new(ca, PROPAGATION));
+    // An unusable CA ends no process: it is told where people look, and mended without a restart.
+    let opened = patiently("the CA", async || match secret.open().await {
+        Err(error) if error.may_pass() => Err(error),
+        other => Ok(other),
+    });
+    let (authority, problem) = match opened.await? {
+        Ok(ca) => (Authority::new(ca, PROPAGATION), None),
+        Err(error) => {
+            tracing::error!("there is no usable CA, nothing is signed until there is: {error}");
+            (Authority::vacant(PROPAGATION), Some(error.to_string()))
+        }
+    };
+    let authority = Arc::new(authority);
     let bundle = BundleWriter::new(&cluster);
-    patiently("the trust bundle", || bundle.adopt(&authority)).await?;
+    patiently("the trust bundle", async || bundle.adopt(&authority).await).await?;
 
     let (lease, leadership) = Lease::new(&cluster);
     let observed = Arc::new(Observed::default());
     let source = KubernetesSource::new(cluster.client.clone(), Arc::clone(&observed), kept);
     let callers = Arc::new(Reviewer::new(&cluster));
-    let viewers = Arc::new(Reviewer::viewers(&cluster));
-    let secret = CaSource::new(&cluster, place, trust_domain.clone());
+    let viewers = Arc::new(Reviews::new(&cluster));
+    let secret = CaSource::new(&cluster, place, trust_domain.clone()).troubled(problem);
     let status = KubernetesStatus::new(cluster, observed, leadership.clone())
         .with_ca(CaWatch::new(secret.health(), authority.subscribe()));
     let ca = authority.subscribe();
@@ -78,10 +90,7 @@ pub(super) async fn parts(args: &RunArgs) -> Result<Parts> {
 }
 
 /// Asks again while the API server does not answer, for a while.
-async fn patiently<T, E: Retry, F: Future<Output = Result<T, E>>>(
-    what: &str,
-    ask: impl Fn() -> F,
-) -> Result<T> {
+async fn patiently<T, E: Retry>(what: &str, ask: impl AsyncFn() -> Result<T, E>) -> Result<T> {
     let end = Instant::now() + START;
     let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(5));
     loop {
@@ -115,9 +124,11 @@ impl Retry for kube::Error {
 impl Retry for SecretError {
     fn may_pass(&self) -> bool {
         match self {
-            Self::Api { error, .. } => error.may_pass(),
-            Self::Missing(_) => true,
-            Self::Part { .. } | Self::Ca { .. } => false,
+            // What the API server itself refuses is for people to mend: as with a Role that is missing.
+            Self::Api { error, .. } => {
+                error.may_pass() && !matches!(&**error, kube::Error::Api(s) if s.code == 403)
+            }
+            Self::Missing(_) | Self::Part { .. } | Self::Ca { .. } => false,
         }
     }
 }

@@ -10,7 +10,7 @@ use tokio::{
 use tonic::{Request, Response, Status, Streaming};
 use weft_core::Version;
 use weft_proto::control::{
-    self as proto, SubscribeRequest, SubscribeResponse, control_server::Control, subscribe_request::Message,
+    self as proto, SubscribeRequest, control_server::Control, subscribe_request::Message,
 };
 use weft_runtime::{DrainWatcher, Tasks};
 
@@ -20,7 +20,7 @@ use super::{
 };
 use crate::{
     auth::Authenticator,
-    distribution::{Distribution, Snapshot, nodes::Stream},
+    distribution::{Distribution, MessageError, Snapshot, nodes::Stream},
     metrics::Metrics,
 };
 
@@ -103,7 +103,7 @@ impl ControlService {
         loop {
             let now = newest.borrow().clone().filter(|_| due);
             let needed = match now {
-                Some(snapshot) => Some(turns::needed(size(&snapshot, sent, node)?)),
+                Some(snapshot) => Some(turns::needed(snapshot.size(sent).map_err(failed)?)),
                 None => None,
             };
             // What it needs may be more by now; its turn stays what it was.
@@ -131,7 +131,7 @@ impl ControlService {
                     let Ok(permit) = permit else { return Ok(()) };
                     due = false;
                     if let Some(snapshot) = current(&mut newest) {
-                        let message = encode(&snapshot, sent, node);
+                        let message = snapshot.message(sent, node).map_err(failed);
                         match turn.take() {
                             None => permit.send(Sent::small(message)),
                             Some(turn) => {
@@ -173,25 +173,9 @@ fn version(v: Option<&proto::Version>) -> Version {
 }
 
 #[expect(clippy::needless_pass_by_value, reason = "the form that map_err wants")]
-fn failed(error: serde_json::Error) -> Status {
-    Status::internal(format!("a resource does not serialise: {error}"))
-}
-
-/// About how long the message is that [`encode`] makes.
-fn size(snapshot: &Snapshot, held: Version, node: &str) -> Result<usize, Status> {
-    let difference = snapshot.since(held);
-    difference.upserted.iter().try_fold(0, |sum, r| Ok(sum + r.json(node).map_err(failed)?.len()))
-}
-
-fn encode(snapshot: &Snapshot, held: Version, node: &str) -> Result<SubscribeResponse, Status> {
-    let difference = snapshot.since(held);
-    let upserted = (difference.upserted.iter())
-        .map(|r| Ok(proto::Resource { json: r.json(node).map_err(failed)? }))
-        .collect::<Result<_, Status>>()?;
-    let removed = (difference.removed.iter())
-        .map(|k| serde_json::to_string(k).map_err(failed))
-        .collect::<Result<_, Status>>()?;
-    let Version { epoch, sequence } = snapshot.version;
-    let version = Some(proto::Version { epoch, sequence });
-    Ok(SubscribeResponse { version, full: difference.full, upserted, removed })
+fn failed(error: MessageError) -> Status {
+    match error {
+        MessageError::Json(_) => Status::internal(error.to_string()),
+        MessageError::TooLong => Status::out_of_range(error.to_string()),
+    }
 }

@@ -6,10 +6,9 @@ use futures_util::{
     StreamExt,
     stream::{self, BoxStream},
 };
-use tokio::sync::watch;
 use tonic::{Request, Response, Status};
 use weft_core::{Resource, SpiffeId, config::Issuer};
-use weft_identity::ca::{CaError, EmbeddedCa};
+use weft_identity::ca::CaError;
 use weft_proto::control::{
     SignRequest, SignResponse, TrustRequest, TrustResponse, identity_server::Identity,
 };
@@ -19,6 +18,7 @@ use weft_runtime::DrainWatcher;
 use super::caller;
 use crate::{
     auth::Authenticator,
+    authority::Signing,
     distribution::Distribution,
     metrics::{Metrics, Reason},
     objects::is_object_name,
@@ -32,7 +32,7 @@ pub struct IdentityService {
     /// Who may ask.
     pub callers: Arc<dyn Authenticator>,
     /// Who signs.
-    pub ca: watch::Receiver<Arc<EmbeddedCa>>,
+    pub ca: Signing,
     /// What is counted.
     pub metrics: Metrics,
     /// When streams end.
@@ -49,22 +49,24 @@ impl Identity for IdentityService {
         ca.mark_changed();
         let followed = stream::unfold(Some((ca, self.drain.clone())), async |state| {
             let (mut ca, drain) = state?;
-            tokio::select! {
-                () = drain.draining() => {
-                    Some((Err(Status::unavailable("the operator stops; try again")), None))
-                }
-                changed = ca.changed() => {
-                    // Whoever changed the CA is gone; the roots stay until the process ends.
-                    if changed.is_err() {
-                        drain.draining().await;
-                        return None;
+            loop {
+                tokio::select! {
+                    () = drain.draining() => {
+                        return Some((Err(Status::unavailable("the operator stops; try again")), None));
                     }
-                    let now = Arc::clone(&ca.borrow_and_update());
-                    let answer = TrustResponse {
-                        trust_domain: now.trust_domain().to_string(),
-                        roots_der: now.roots().iter().map(|root| root.to_vec()).collect(),
-                    };
-                    Some((Ok(answer), Some((ca, drain))))
+                    changed = ca.changed() => {
+                        // Whoever changed the CA is gone; the roots stay until the process ends.
+                        if changed.is_err() {
+                            drain.draining().await;
+                            return None;
+                        }
+                        let Some(now) = ca.borrow_and_update().clone() else { continue };
+                        let answer = TrustResponse {
+                            trust_domain: now.trust_domain().to_string(),
+                            roots_der: now.roots().iter().map(|root| root.to_vec()).collect(),
+                        };
+                        return Some((Ok(answer), Some((ca, drain))));
+                    }
                 }
             }
         });
@@ -88,7 +90,12 @@ impl Identity for IdentityService {
             )));
         }
         let lifetime = config.map_or(weft_identity::ca::SVID_LIFETIME, |config| config.svid_lifetime);
-        let ca = Arc::clone(&self.ca.borrow());
+        let Some(ca) = self.ca.borrow().clone() else {
+            self.refused("no_ca");
+            return Err(Status::unavailable(
+                "the operator has no usable CA; the condition CertificateAuthority of the MeshConfig says why",
+            ));
+        };
         let id = if itself.is_empty() {
             if !is_object_name(&namespace) || !is_object_name(&service_account) {
                 self.refused("malformed");

@@ -1,8 +1,7 @@
 //! A message goes to its connection in pieces, each made when the one before is sent.
 //!
 //! tonic writes a message whole into a buffer that its stream keeps: with a state of 8 MB for each agent, a thousand
-//! agents are 8 GB for as long as they are connected. The resources' JSON is shared by all streams; a piece copies a
-//! little of it at a time.
+//! agents are 8 GB for as long as they are connected. The pieces of [`Encoded`] are shared by all streams.
 
 use std::{
     convert::Infallible,
@@ -10,62 +9,21 @@ use std::{
     task::{Context, Poll},
 };
 
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::Bytes;
 use futures_util::{Stream, StreamExt, future::BoxFuture, stream};
 use http_body_util::StreamBody;
 use hyper::body::Frame;
 use parking_lot::Mutex;
-use prost::{Message, encoding::message};
 use tonic::{
     Response, Status,
     body::Body,
     codegen::{Service, http},
     server::NamedService,
 };
-use weft_proto::control::{Resource, SubscribeResponse};
+use weft_proto::control::SubscribeResponse;
 
 use super::turns::Outgoing;
-
-/// About how long a piece is, in bytes.
-const PIECE: usize = 32 << 10;
-/// `SubscribeResponse.upserted`.
-const UPSERTED: u32 = 3;
-
-/// A message that is being sent: what stands before its resources, and those.
-struct Sending {
-    head: Option<Bytes>,
-    resources: std::vec::IntoIter<Resource>,
-}
-
-impl Sending {
-    /// The message with the five bytes before it (gRPC over HTTP/2, Length-Prefixed-Message).
-    fn new(mut response: SubscribeResponse) -> Result<Self, Status> {
-        let resources = std::mem::take(&mut response.upserted);
-        let all = resources.iter().map(|r| message::encoded_len(UPSERTED, r)).sum::<usize>();
-        let own = response.encode_to_vec();
-        let length = u32::try_from(own.len() + all)
-            .map_err(|_| Status::out_of_range("the state is larger than a message can be"))?;
-        let mut head = BytesMut::with_capacity(5 + own.len());
-        head.put_u8(0);
-        head.put_u32(length);
-        head.put_slice(&own);
-        Ok(Self { head: Some(head.freeze()), resources: resources.into_iter() })
-    }
-
-    /// The next piece; `None` where all are out.
-    fn next(&mut self) -> Option<Bytes> {
-        if let Some(head) = self.head.take() {
-            return Some(head);
-        }
-        let mut piece = BytesMut::new();
-        while piece.len() < PIECE {
-            let Some(resource) = self.resources.next() else { break };
-            piece.reserve(message::encoded_len(UPSERTED, &resource));
-            message::encode(UPSERTED, &resource, &mut piece);
-        }
-        (!piece.is_empty()).then(|| piece.freeze())
-    }
-}
+use crate::distribution::Encoded;
 
 /// The stream on its way from the service's answer to [`InPieces`].
 #[derive(Clone)]
@@ -115,25 +73,29 @@ impl<S: NamedService> NamedService for InPieces<S> {
     const NAME: &'static str = S::NAME;
 }
 
+/// A message of which so many pieces are sent.
+type Sending = (Arc<Encoded>, usize);
+
 /// The frames of a whole stream, its status at the end.
 fn frames(
-    messages: impl Stream<Item = Result<SubscribeResponse, Status>> + Send + Unpin + 'static,
+    messages: impl Stream<Item = Result<Arc<Encoded>, Status>> + Send + Unpin + 'static,
 ) -> impl Stream<Item = Result<Frame<Bytes>, Status>> + Send + 'static {
     let state = (Some(messages), None::<Sending>);
-    stream::unfold(state, async |(mut messages, mut sending)| {
+    stream::unfold(state, async |(mut messages, mut sending): (Option<_>, Option<Sending>)| {
         loop {
-            if let Some(piece) = sending.as_mut().and_then(Sending::next) {
-                return Some((Ok(Frame::data(piece)), (messages, sending)));
+            // With its last piece the message is given up: the next one may be hours away.
+            if let Some((message, sent)) = sending.take()
+                && let Some(piece) = message.pieces().get(sent).cloned()
+            {
+                let rest = (message.pieces().len() > sent + 1).then(|| (message, sent + 1));
+                return Some((Ok(Frame::data(piece)), (messages, rest)));
             }
             // Without messages the status was sent.
             let end = match messages.as_mut()?.next().await {
-                Some(Ok(response)) => match Sending::new(response) {
-                    Ok(next) => {
-                        sending = Some(next);
-                        continue;
-                    }
-                    Err(status) => status,
-                },
+                Some(Ok(message)) => {
+                    sending = Some((message, 0));
+                    continue;
+                }
                 Some(Err(status)) => status,
                 None => Status::ok(""),
             };
@@ -148,40 +110,28 @@ fn frames(
 
 #[cfg(test)]
 mod tests {
-    use weft_proto::control::Version;
+    use weft_proto::control::Resource;
 
     use super::*;
 
-    fn response(resources: usize) -> SubscribeResponse {
-        let json = |n: usize| Bytes::from(vec![b'a'; 100 + n * 37 % 9000]);
-        SubscribeResponse {
-            version: Some(Version { epoch: 7, sequence: 9 }),
-            full: true,
-            upserted: (0..resources).map(|n| Resource { json: json(n) }).collect(),
-            removed: vec!["x".into(), "y".into()],
-        }
-    }
-
     #[tokio::test]
-    async fn the_pieces_are_the_message() {
-        for resources in [0, 1, 500] {
-            let status = Status::unavailable("later");
-            let messages = stream::iter([Ok(response(resources)), Ok(response(1)), Err(status)]);
-            let frames: Vec<_> = frames(messages).map(Result::unwrap).collect().await;
-            let (last, data) = frames.split_last().unwrap();
-            let trailers = last.trailers_ref().unwrap();
-            assert_eq!(trailers["grpc-status"], "14");
-            assert_eq!(trailers["grpc-message"], "later");
-            let pieces: Vec<&[u8]> = data.iter().map(|f| &f.data_ref().unwrap()[..]).collect();
-            assert!(pieces.iter().all(|p| p.len() < PIECE + 10_000));
-            let mut bytes = Bytes::from(pieces.concat());
-            for expected in [response(resources), response(1)] {
-                assert_eq!(bytes.split_to(1)[..], [0]);
-                let length = u32::from_be_bytes(bytes.split_to(4)[..].try_into().unwrap());
-                let message = bytes.split_to(usize::try_from(length).unwrap());
-                assert_eq!(SubscribeResponse::decode(message).unwrap(), expected);
-            }
-            assert!(bytes.is_empty());
+    async fn messages_are_sent_whole_and_given_up() {
+        let upserted: Vec<_> = (0..500).map(|_| Resource { json: vec![b'a'; 1000].into() }).collect();
+        let message = |n| Arc::new(Encoded::new(&SubscribeResponse::default(), &upserted[..n]).unwrap());
+        let (long, short) = (message(500), message(0));
+        assert!(long.pieces().len() > 10);
+        let wanted = [long.pieces(), short.pieces()].concat();
+        let messages = [Ok(Arc::clone(&long)), Ok(short), Err(Status::unavailable("later"))];
+        let mut frames = Box::pin(frames(stream::iter(messages)));
+        for (n, piece) in wanted.iter().enumerate() {
+            let frame = frames.next().await.unwrap().unwrap();
+            assert_eq!(frame.data_ref(), Some(piece));
+            let held = Arc::strong_count(&long) > 1;
+            assert_eq!(held, n + 1 < long.pieces().len(), "piece {n}");
         }
+        let trailers = frames.next().await.unwrap().unwrap().into_trailers().unwrap();
+        assert_eq!(trailers["grpc-status"], "14");
+        assert_eq!(trailers["grpc-message"], "later");
+        assert!(frames.next().await.is_none());
     }
 }

@@ -14,7 +14,8 @@ use tokio::{
     time::timeout,
 };
 use tonic::Status;
-use weft_proto::control::SubscribeResponse;
+
+use crate::distribution::Encoded;
 
 /// What of large messages may be on its way at one time, over all agents, in KiB.
 const TOTAL: usize = 256 << 10;
@@ -51,21 +52,18 @@ impl Turns {
 
 /// A message on its way to the connection.
 pub(super) struct Sent {
-    message: Result<SubscribeResponse, Status>,
+    message: Result<Arc<Encoded>, Status>,
     read: Option<oneshot::Sender<()>>,
 }
 
 impl Sent {
     /// A small one.
-    pub(super) fn small(message: Result<SubscribeResponse, Status>) -> Self {
+    pub(super) fn small(message: Result<Arc<Encoded>, Status>) -> Self {
         Self { message, read: None }
     }
 
     /// A large one, and what holds its turn until the connection has taken it.
-    pub(super) fn large(
-        message: Result<SubscribeResponse, Status>,
-        turn: Turn,
-    ) -> (Self, BoxFuture<'static, ()>) {
+    pub(super) fn large(message: Result<Arc<Encoded>, Status>, turn: Turn) -> (Self, BoxFuture<'static, ()>) {
         let (read, taken) = oneshot::channel();
         let held = async move {
             // Whatever came of it: an agent that does not read holds up no other.
@@ -89,7 +87,7 @@ impl Outgoing {
 }
 
 impl Stream for Outgoing {
-    type Item = Result<SubscribeResponse, Status>;
+    type Item = Result<Arc<Encoded>, Status>;
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         // The connection asks for more only when it has room again, so the one before is sent.
@@ -105,6 +103,7 @@ impl Stream for Outgoing {
 #[cfg(test)]
 mod tests {
     use futures_util::StreamExt;
+    use weft_proto::control::SubscribeResponse;
 
     use super::*;
 
@@ -114,12 +113,13 @@ mod tests {
         assert_eq!(needed(usize::MAX), u32::try_from(TOTAL).ok());
         let turns = Turns::default();
         let whole = needed(usize::MAX).unwrap();
+        let message = Arc::new(Encoded::new(&SubscribeResponse::default(), &[]).unwrap());
         let free = || turns.0.available_permits();
         let (out, queue) = mpsc::channel(2);
         let mut outgoing = Outgoing::new(queue);
         let large = async || {
             let turn = turns.wait(whole).await.unwrap();
-            let (sent, held) = Sent::large(Ok(SubscribeResponse::default()), turn);
+            let (sent, held) = Sent::large(Ok(Arc::clone(&message)), turn);
             assert!(out.send(sent).await.is_ok());
             // As it is: it is awaited later.
             (held,)

@@ -15,7 +15,6 @@ use kube::{
 use serde_json::Value;
 use tokio::sync::watch;
 use weft_core::TrustDomain;
-use weft_identity::ca::EmbeddedCa;
 use weft_runtime::{Backoff, DrainWatcher};
 
 use super::{
@@ -23,7 +22,12 @@ use super::{
     lease::Leadership,
     secret::{CaSecret, Place},
 };
-use crate::{authority::Authority, index::Finding, objects::Kind, source::kubernetes::resource};
+use crate::{
+    authority::{Authority, Signing},
+    index::Finding,
+    objects::Kind,
+    source::kubernetes::resource,
+};
 
 /// How long before its end a CA is complained about.
 const SOON: Duration = Duration::from_secs(7 * 24 * 3600);
@@ -33,7 +37,7 @@ const SOON: Duration = Duration::from_secs(7 * 24 * 3600);
 pub struct CaHealth {
     /// Where it comes from.
     pub place: Place,
-    /// Why what lies there now is not used; the CA of before goes on.
+    /// Why what lies there now is not used; the CA of before goes on, where there was one.
     pub problem: Option<String>,
 }
 
@@ -43,9 +47,17 @@ impl CaHealth {
         Self { place, problem: None }
     }
 
-    /// The condition `CertificateAuthority` of the MeshConfig; the CA signs until `until`.
-    fn finding(&self, until: SystemTime, now: SystemTime) -> Finding {
+    /// The condition `CertificateAuthority` of the MeshConfig; the CA signs until `until`, where there is one.
+    fn finding(&self, until: Option<SystemTime>, now: SystemTime) -> Finding {
         let place = &self.place;
+        let Some(until) = until else {
+            let problem = self.problem.clone().unwrap_or_else(|| format!("Secret {place} holds no CA yet"));
+            let message = format!(
+                "{problem}; nothing is signed and no agent is served until then: agents go on with what they hold, and new \
+                 or expired certificates are not to be had"
+            );
+            return Finding { ok: false, reason: "NoAuthority", message };
+        };
         let end = Timestamp::try_from(until).map(|end| format!("{end:.0}")).unwrap_or_default();
         let remedy = "put a new certificate into it, or see why cert-manager does not";
         let (ok, reason, message) = match &self.problem {
@@ -73,18 +85,18 @@ impl CaHealth {
 #[derive(Debug, Clone)]
 pub struct CaWatch {
     health: watch::Receiver<CaHealth>,
-    ca: watch::Receiver<Arc<EmbeddedCa>>,
+    ca: Signing,
 }
 
 impl CaWatch {
     /// Over a source's word and the CA that signs.
-    pub fn new(health: watch::Receiver<CaHealth>, ca: watch::Receiver<Arc<EmbeddedCa>>) -> Self {
+    pub fn new(health: watch::Receiver<CaHealth>, ca: Signing) -> Self {
         Self { health, ca }
     }
 
     /// As a condition, now.
     pub(super) fn finding(&self) -> Finding {
-        let until = self.ca.borrow().not_after();
+        let until = self.ca.borrow().as_ref().map(|ca| ca.not_after());
         self.health.borrow().finding(until, SystemTime::now())
     }
 
@@ -107,9 +119,16 @@ pub struct CaSource {
 }
 
 impl CaSource {
-    /// Of a mesh whose CA was taken from `place`.
+    /// Of a mesh whose CA is taken from `place`.
     pub fn new(cluster: &Cluster, place: Place, domain: TrustDomain) -> Self {
         Self { cluster: cluster.clone(), domain, health: watch::Sender::new(CaHealth::of(place)) }
+    }
+
+    /// Knows from the beginning why what lies there is not used.
+    #[must_use]
+    pub fn troubled(self, problem: Option<String>) -> Self {
+        self.health.send_modify(|health| health.problem = problem);
+        self
     }
 
     /// How the CA is doing.
@@ -179,17 +198,20 @@ mod tests {
         let place = Place { namespace: "pki".into(), name: "mesh".into(), own: false };
         let (now, day) = (SystemTime::now(), Duration::from_secs(86_400));
         let mut health = CaHealth::of(place);
-        assert!(health.finding(now + 30 * day, now).ok);
-        let soon = health.finding(now + 6 * day, now);
+        assert!(health.finding(Some(now + 30 * day), now).ok);
+        let soon = health.finding(Some(now + 6 * day), now);
         assert!(!soon.ok && soon.message.contains("put a new certificate into it"), "{soon:?}");
         health.problem = Some("Secret pki/mesh has no tls.key".into());
-        let refused = health.finding(now + 30 * day, now);
+        let refused = health.finding(Some(now + 30 * day), now);
         assert!(!refused.ok && refused.reason == "SecretRefused", "{refused:?}");
         assert!(
             refused.message.starts_with("Secret pki/mesh has no tls.key; the CA of before goes on"),
             "{refused:?}"
         );
-        let expired = health.finding(now, now);
+        let none = health.finding(None, now);
+        assert!(!none.ok && none.reason == "NoAuthority", "{none:?}");
+        assert!(none.message.starts_with("Secret pki/mesh has no tls.key; nothing is signed"), "{none:?}");
+        let expired = health.finding(Some(now), now);
         assert!(expired.reason == "Expired" && expired.message.contains("no tls.key"), "{expired:?}");
     }
 

@@ -23,13 +23,14 @@ use zeroize::Zeroizing;
 use super::{CA_SECRET, Cluster, ca::CaHealth, is_conflict, lease::Leadership};
 use crate::authority::{Authority, Offered, pem};
 
+/// The remedy where the API server refuses.
+const NEEDS: &str = "the operator needs get, list and watch on it, and update and create on its own (docs/rbac.md has the Role)";
+
 /// Why there is no CA.
 #[derive(Debug, thiserror::Error)]
 pub enum SecretError {
     /// The API server refuses or does not answer.
-    #[error(
-        "Secret {place}: {error}; the operator needs get, list, watch and update on it, and create on Secrets"
-    )]
+    #[error("Secret {place}: {}; {NEEDS}", super::reason(error))]
     Api {
         /// Which Secret.
         place: Place,
@@ -51,10 +52,12 @@ pub enum SecretError {
         key: &'static str,
     },
     /// The contents make no CA.
-    #[error("Secret {place}: {error}")]
+    #[error("Secret {place}, {key}: {error}")]
     Ca {
         /// Which Secret.
         place: Place,
+        /// Which key of it is to be mended.
+        key: &'static str,
         /// Why.
         error: CaError,
     },
@@ -152,12 +155,8 @@ impl CaSecret {
                 }
                 Some(Err(error)) => {
                     if !std::mem::replace(&mut failing, true) {
-                        let remedy =
-                            "the operator needs get, list and watch on it (docs/rbac.md has the Role)";
-                        self.tell(Some(format!(
-                            "Secret {} cannot be watched: {error}; {remedy}",
-                            self.place
-                        )));
+                        let why = super::watch_reason(&error);
+                        self.tell(Some(format!("Secret {}: {why}; {NEEDS}", self.place)));
                     }
                     tokio::select! {
                         () = drain.draining() => return,
@@ -180,13 +179,14 @@ impl CaSecret {
             }
             tracing::warn!("Secret {} is gone; a new root is made and takes over with overlap", self.place);
             if let Err(error) = self.open().await {
-                tracing::error!("no new root can be made, the one in memory goes on: {error}");
+                self.tell(Some(error.to_string()));
             }
             // The watch brings it.
             return;
         };
         match self.read(&secret).map(|ca| authority.offer(ca, SystemTime::now())) {
             Ok(Offered::Known) => {}
+            Ok(Offered::First) => tracing::info!("Secret {} holds a CA that signs from now on", self.place),
             Ok(Offered::Replaced) => tracing::info!(
                 "Secret {} holds a new signing certificate below a root that is trusted: it signs from now on",
                 self.place
@@ -202,7 +202,7 @@ impl CaSecret {
 
     fn tell(&self, problem: Option<String>) {
         if let Some(problem) = &problem {
-            tracing::error!("the CA does not change: {problem}");
+            tracing::error!("the CA's Secret is not used: {problem}");
         }
         self.health.send_if_modified(|health| {
             let changed = health.problem != problem;
@@ -212,7 +212,7 @@ impl CaSecret {
     }
 
     fn make(&self) -> Result<(EmbeddedCa, Secret), SecretError> {
-        let failed = |error| SecretError::Ca { place: self.place.clone(), error };
+        let failed = |error| SecretError::Ca { place: self.place.clone(), key: "tls.key", error };
         let ca = EmbeddedCa::generate(self.domain.clone()).map_err(failed)?;
         let whole = ca.to_pem();
         let key = whole.split("-----BEGIN CERTIFICATE-----").next().unwrap_or_default();
@@ -244,15 +244,18 @@ impl CaSecret {
             let found = data.get(key).map(|b| b.0.as_slice()).filter(|b| !b.is_empty());
             found.ok_or_else(|| SecretError::Part { place: self.place.clone(), key })
         };
-        let failed = |error| SecretError::Ca { place: self.place.clone(), error };
+        let failed = |key, error| SecretError::Ca { place: self.place.clone(), key, error };
         let text = |bytes: &[u8], key: &'static str| {
             let found = std::str::from_utf8(bytes).map(str::to_owned);
             found.map_err(|_| SecretError::Part { place: self.place.clone(), key })
         };
-        let key = pkcs8(part("tls.key")?).map_err(failed)?;
+        let key = pkcs8(part("tls.key")?).map_err(|error| failed("tls.key", error))?;
         let chain = text(part("tls.crt")?, "tls.crt")?;
         let roots = text(data.get("ca.crt").map(|b| b.0.as_slice()).unwrap_or_default(), "ca.crt")?;
-        EmbeddedCa::from_parts(&key, &chain, &roots, self.domain.clone()).map_err(failed)
+        EmbeddedCa::from_parts(&key, &chain, &roots, self.domain.clone()).map_err(|error| {
+            let key = if matches!(error, CaError::Chain(_)) { "ca.crt" } else { "tls.crt" };
+            failed(key, error)
+        })
     }
 }
 

@@ -15,7 +15,7 @@ use weft_proto::{
     weft_relay::{End, answer::Answer as Body},
 };
 
-use super::{Agent, Ask, Relay, flows_question};
+use super::{Agent, Ask, Relay, flows_question, viewers::Scope, within};
 
 /// How long one agent may keep the others waiting.
 const ANSWER: Duration = Duration::from_secs(5);
@@ -30,13 +30,19 @@ enum Stop {
     Failed(Status),
 }
 
-/// Answers a call until it is done or the caller leaves.
-pub(super) async fn answer(relay: Relay, request: GetFlowsRequest, sender: Sender) {
+/// Answers a call until it is done or the caller leaves, with what the caller may see.
+pub(super) async fn answer(relay: Relay, request: GetFlowsRequest, scope: Scope, sender: Sender) {
+    let request = match &scope {
+        Scope::All => Some(request),
+        Scope::Namespace(namespace) => within::narrow(request, namespace),
+    };
+    // There is no flow that is asked for and may be seen.
+    let Some(request) = request else { return };
     let work = async {
         if request.follow {
-            follow(&relay, request, &sender).await
+            follow(&relay, request, &scope, &sender).await
         } else {
-            collect(&relay, request, &sender).await
+            collect(&relay, request, &scope, &sender).await
         }
     };
     let outcome = tokio::select! {
@@ -69,14 +75,19 @@ fn word(node: &str, state: NodeState, message: &str) -> GetFlowsResponse {
 /// One step of an agent's answer.
 enum Step {
     Flow(Box<GetFlowsResponse>),
+    /// Not for the caller.
+    Hidden,
     Done,
     /// It failed, for a reason of the node's.
     Lost(String),
 }
 
 /// What an agent said; an error that is the caller's own fault ends the call.
-fn step(body: Option<Body>) -> Result<Step, Status> {
+fn step(body: Option<Body>, scope: &Scope) -> Result<Step, Status> {
     match body {
+        Some(Body::Flow(flow)) if matches!(scope, Scope::Namespace(namespace) if !within::visible(&flow, namespace)) => {
+            Ok(Step::Hidden)
+        }
         Some(Body::Flow(flow)) => Ok(Step::Flow(Box::new(flow))),
         Some(Body::End(End { code: 0, .. })) => Ok(Step::Done),
         Some(Body::End(end)) if Code::from(end.code) == Code::InvalidArgument => {
@@ -96,16 +107,19 @@ struct Head {
 
 impl Head {
     /// Takes the next flow; what is wrong with the node is returned.
-    async fn fill(&mut self) -> Result<Option<String>, Status> {
-        let Ok(body) = timeout(ANSWER, self.ask.next()).await else {
-            return Ok(Some(format!("its agent did not answer within {} s", ANSWER.as_secs())));
-        };
-        match step(body)? {
-            Step::Flow(flow) => self.next = Some(*flow),
-            Step::Done => {}
-            Step::Lost(why) => return Ok(Some(why)),
+    async fn fill(&mut self, scope: &Scope) -> Result<Option<String>, Status> {
+        loop {
+            let Ok(body) = timeout(ANSWER, self.ask.next()).await else {
+                return Ok(Some(format!("its agent did not answer within {} s", ANSWER.as_secs())));
+            };
+            match step(body, scope)? {
+                Step::Hidden => continue,
+                Step::Flow(flow) => self.next = Some(*flow),
+                Step::Done => {}
+                Step::Lost(why) => return Ok(Some(why)),
+            }
+            return Ok(None);
         }
-        Ok(None)
     }
 
     fn at(&self) -> (i64, i32) {
@@ -114,7 +128,12 @@ impl Head {
     }
 }
 
-async fn collect(relay: &Relay, request: GetFlowsRequest, sender: &Sender) -> Result<(), Stop> {
+async fn collect(
+    relay: &Relay,
+    request: GetFlowsRequest,
+    scope: &Scope,
+    sender: &Sender,
+) -> Result<(), Stop> {
     let (mut heads, mut words) = (Vec::new(), Vec::new());
     for agent in relay.agents() {
         match agent.ask(flows_question(request.clone())) {
@@ -122,7 +141,7 @@ async fn collect(relay: &Relay, request: GetFlowsRequest, sender: &Sender) -> Re
             Err(busy) => words.push(word(&agent.node, NodeState::NodeUnavailable, &busy.to_string())),
         }
     }
-    let filled = join_all(heads.iter_mut().map(Head::fill)).await;
+    let filled = join_all(heads.iter_mut().map(|head| head.fill(scope))).await;
     for (head, outcome) in heads.iter().zip(filled) {
         if let Some(why) = outcome.map_err(Stop::Failed)? {
             words.push(word(&head.agent.node, NodeState::NodeUnavailable, &why));
@@ -150,7 +169,7 @@ async fn collect(relay: &Relay, request: GetFlowsRequest, sender: &Sender) -> Re
                 newest.pop_front();
             }
         }
-        if let Some(why) = head.fill().await.map_err(Stop::Failed)? {
+        if let Some(why) = head.fill(scope).await.map_err(Stop::Failed)? {
             say(sender, word(&head.agent.node, NodeState::NodeUnavailable, &why)).await?;
         }
     }
@@ -160,7 +179,7 @@ async fn collect(relay: &Relay, request: GetFlowsRequest, sender: &Sender) -> Re
     Ok(())
 }
 
-async fn follow(relay: &Relay, request: GetFlowsRequest, sender: &Sender) -> Result<(), Stop> {
+async fn follow(relay: &Relay, request: GetFlowsRequest, scope: &Scope, sender: &Sender) -> Result<(), Stop> {
     let mut changes = relay.changes();
     let mut streams = SelectAll::new();
     // By node, the stream that is followed.
@@ -196,8 +215,9 @@ async fn follow(relay: &Relay, request: GetFlowsRequest, sender: &Sender) -> Res
                     changed.map_err(|_| Stop::Gone)?;
                     break;
                 }
-                Some((agent, body)) = streams.next() => match step(body).map_err(Stop::Failed)? {
+                Some((agent, body)) = streams.next() => match step(body, scope).map_err(Stop::Failed)? {
                     Step::Flow(flow) => say(sender, *flow).await?,
+                    Step::Hidden => {}
                     Step::Done => {
                         followed.remove(&agent.node);
                     }

@@ -16,8 +16,14 @@ use weft_proto::{
 };
 use weft_runtime::{DrainWatcher, Tasks};
 
-use super::{Relay, flows, probe_by, status_of, viewers::Viewers};
-use crate::auth::{Refused, bearer};
+use super::{
+    Relay, flows, probe_by, status_of,
+    viewers::{self, Scope, Viewers},
+};
+use crate::{
+    auth::{Refused, bearer},
+    objects::is_object_name,
+};
 
 /// How long an agent may take to say how it is.
 const ANSWER: Duration = Duration::from_secs(5);
@@ -46,22 +52,34 @@ impl People {
         Self { relay, viewers, calls, tasks, drain, started: Instant::now() }
     }
 
-    /// Who may call, and a place for the call.
+    /// Who may see everything, and a place for the call.
     async fn enter<T: Sync>(&self, request: &Request<T>) -> Result<OwnedSemaphorePermit, Status> {
+        self.admit(request, None).await.map(|(_, permit)| permit)
+    }
+
+    /// What the caller may see, and a place for the call.
+    async fn admit<T: Sync>(
+        &self,
+        request: &Request<T>,
+        namespace: Option<&str>,
+    ) -> Result<(Scope, OwnedSemaphorePermit), Status> {
         let outcome = match bearer(request.metadata()) {
-            Ok(token) => self.viewers.check(token).await,
+            Ok(token) => self.viewers.see(token, namespace).await,
             Err(refused) => Err(refused),
         };
-        outcome.map_err(|refused| {
+        let scope = outcome.map_err(|refused| {
             tracing::warn!(peer = ?request.remote_addr(), "a person's call is refused: {refused}");
             match refused {
                 Refused::Unavailable(why) => Status::unavailable(why),
+                Refused::Forbidden(why) => Status::permission_denied(why),
                 other => Status::unauthenticated(other.to_string()),
             }
         })?;
-        Arc::clone(&self.calls)
-            .try_acquire_owned()
-            .map_err(|_| Status::resource_exhausted("the operator answers enough people already; try again"))
+        let permit = Arc::clone(&self.calls).try_acquire_owned();
+        let permit = permit.map_err(|_| {
+            Status::resource_exhausted("the operator answers enough people already; try again")
+        })?;
+        Ok((scope, permit))
     }
 
     async fn states(&self) -> (Vec<NodeStatus>, Vec<Silent>) {
@@ -81,6 +99,18 @@ impl People {
             }
         }
         (nodes, silent)
+    }
+}
+
+/// The namespace that a call is about.
+fn namespace<T>(request: &Request<T>) -> Result<Option<String>, Status> {
+    let mut given = request.metadata().get_all(viewers::NAMESPACE).iter();
+    let Some(first) = given.next() else { return Ok(None) };
+    match first.to_str() {
+        Ok(name) if is_object_name(name) && given.next().is_none() => Ok(Some(name.to_owned())),
+        _ => {
+            Err(Status::invalid_argument(format!("{} must be the name of one namespace", viewers::NAMESPACE)))
+        }
     }
 }
 
@@ -115,7 +145,8 @@ impl observer_server::Observer for People {
         &self,
         request: Request<observer::GetFlowsRequest>,
     ) -> Result<Response<Self::GetFlowsStream>, Status> {
-        let permit = self.enter(&request).await?;
+        let namespace = namespace(&request)?;
+        let (scope, permit) = self.admit(&request, namespace.as_deref()).await?;
         let request = request.into_inner();
         if request.first && request.follow {
             return Err(Status::invalid_argument("first cannot be used with follow"));
@@ -132,7 +163,7 @@ impl observer_server::Observer for People {
             let _permit = permit;
             let last = sender.clone();
             tokio::select! {
-                () = flows::answer(relay, request, sender) => {}
+                () = flows::answer(relay, request, scope, sender) => {}
                 () = drain.draining() => {
                     let _ = last.try_send(Err(Status::unavailable("the operator stops; try again")));
                 }

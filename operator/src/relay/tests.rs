@@ -9,7 +9,7 @@ use tonic::{
 };
 use weft_proto::{
     agent::StatusResponse as AgentState,
-    flow::Flow,
+    flow::{self, Flow, FlowFilter},
     observer::{
         GetFlowsRequest, GetFlowsResponse, get_flows_response::ResponseTypes,
         observer_client::ObserverClient, observer_server::ObserverServer,
@@ -22,7 +22,12 @@ use weft_proto::{
 };
 use weft_runtime::{DrainTrigger, Tasks, drain};
 
-use super::{agents::RelayService, people::People, viewers::Viewers, *};
+use super::{
+    agents::RelayService,
+    people::People,
+    viewers::{self, Scope, Viewers},
+    *,
+};
 use crate::{
     auth::{Authenticator, Refused},
     metrics::Metrics,
@@ -43,8 +48,21 @@ impl Authenticator for Named {
 }
 
 impl Viewers for Named {
-    fn check<'a>(&'a self, token: &'a str) -> BoxFuture<'a, Result<(), Refused>> {
-        Box::pin(async move { if token == "viewer" { Ok(()) } else { Err(Refused::Invalid) } })
+    fn see<'a>(
+        &'a self,
+        token: &'a str,
+        namespace: Option<&'a str>,
+    ) -> BoxFuture<'a, Result<Scope, Refused>> {
+        Box::pin(async move {
+            match (token, namespace) {
+                ("viewer", None) => Ok(Scope::All),
+                ("viewer", Some(namespace)) | ("shop-viewer", Some(namespace @ "shop")) => {
+                    Ok(Scope::Namespace(namespace.into()))
+                }
+                ("shop-viewer", _) => Err(Refused::Forbidden("only flows of shop".into())),
+                _ => Err(Refused::Invalid),
+            }
+        })
     }
 }
 
@@ -125,6 +143,20 @@ impl Fixture {
     async fn ask(&self, request: GetFlowsRequest) -> Streaming<GetFlowsResponse> {
         let mut client = ObserverClient::new(self.channel.clone());
         client.get_flows(with_token(request, "viewer")).await.unwrap().into_inner()
+    }
+
+    /// As who may see only the flows of the namespace `shop`.
+    async fn ask_within(
+        &self,
+        namespaces: &[&str],
+        request: GetFlowsRequest,
+    ) -> Result<Streaming<GetFlowsResponse>, Status> {
+        let mut request = with_token(request, "shop-viewer");
+        for namespace in namespaces {
+            request.metadata_mut().append(viewers::NAMESPACE, namespace.parse().unwrap());
+        }
+        let mut client = ObserverClient::new(self.channel.clone());
+        client.get_flows(request).await.map(tonic::Response::into_inner)
     }
 }
 
@@ -353,4 +385,70 @@ fn changes_are_noticed() {
     let (joined, _questions) = relay.join("a");
     assert!(changes.has_changed().unwrap());
     drop(joined);
+}
+
+#[tokio::test]
+async fn a_namespaces_viewer_sees_only_its_flows() {
+    let fixture = start().await;
+    let mut agent = fixture.agent("a").await.unwrap();
+    for namespaces in [&[] as &[&str], &["bank"]] {
+        let refused = fixture.ask_within(namespaces, GetFlowsRequest::default()).await.err().unwrap();
+        assert_eq!(refused.code(), Code::PermissionDenied, "{namespaces:?}");
+    }
+    for namespaces in [&["shop", "bank"] as &[&str], &["*"], &[""], &["shop/"]] {
+        let refused = fixture.ask_within(namespaces, GetFlowsRequest::default()).await.err().unwrap();
+        assert_eq!(refused.code(), Code::InvalidArgument, "{namespaces:?}");
+    }
+    let mut mesh = MeshClient::new(fixture.channel.clone());
+    let status = mesh.status(with_token(StatusRequest {}, "shop-viewer"));
+    assert_eq!(status.await.unwrap_err().code(), Code::PermissionDenied);
+
+    // Whatever the agent answers, it is asked for less, and looked at again.
+    let between = |source: &str, destination: &str, seconds| {
+        let end = |namespace: &str| {
+            Some(flow::Endpoint { namespace: namespace.into(), ..flow::Endpoint::default() })
+        };
+        let mut answer = self::flow("a", seconds);
+        if let Some(ResponseTypes::Flow(flow)) = &mut answer.response_types {
+            (flow.source, flow.destination) = (end(source), end(destination));
+        }
+        Body::Flow(answer)
+    };
+    for follow in [false, true] {
+        let request = GetFlowsRequest { follow, ..GetFlowsRequest::default() };
+        let mut answers = fixture.ask_within(&["shop"], request).await.unwrap();
+        let question = agent.question().await;
+        let Some(Asked::Flows(flows)) = question.question else { panic!("{question:?}") };
+        let asked = flows.request.unwrap().whitelist;
+        assert_eq!(asked.len(), 2);
+        assert!(
+            asked.iter().all(|f| f.source_pod == ["shop/"] || f.destination_pod == ["shop/"]),
+            "{asked:?}"
+        );
+        for (source, destination, seconds) in
+            [("bank", "bank", 1), ("shop", "bank", 2), ("", "", 3), ("bank", "shop", 4)]
+        {
+            agent.say(question.id, between(source, destination, seconds)).await;
+        }
+        agent.done(question.id).await;
+        let mut seen = Vec::new();
+        while seen.len() < 2 {
+            let answer = next(&mut answers).await.unwrap();
+            if matches!(answer.response_types, Some(ResponseTypes::Flow(_))) {
+                seen.push(told(&answer).1);
+            }
+        }
+        assert_eq!(seen, [2, 4]);
+        if !follow {
+            assert!(next(&mut answers).await.is_none());
+        }
+    }
+
+    // What lies between others can be asked for, and there is nothing.
+    let pods = |pod: &str| vec![pod.to_owned()];
+    let other =
+        FlowFilter { source_pod: pods("bank/a"), destination_pod: pods("bank/b"), ..FlowFilter::default() };
+    let request = GetFlowsRequest { whitelist: vec![other], ..GetFlowsRequest::default() };
+    let mut answers = fixture.ask_within(&["shop"], request).await.unwrap();
+    assert!(next(&mut answers).await.is_none());
 }

@@ -1,4 +1,5 @@
-//! Who may see flows: who may make a token of the ServiceAccount `weft-viewer`.
+//! Who may see flows: of all namespaces who may make a token of the ServiceAccount `weft-viewer` in Weft's namespace, of
+//! one namespace whose ServiceAccount may `get flows.weft.mesh` there.
 
 use std::fmt;
 
@@ -10,14 +11,26 @@ use crate::auth::Refused;
 pub const AUDIENCE: &str = "weft-observer";
 /// The ServiceAccount that they are made of.
 pub const ACCOUNT: &str = "weft-viewer";
+/// The header of a call that asks for flows of one namespace.
+pub const NAMESPACE: &str = "weft-namespace";
 
-/// Says whether the bearer of a token may see flows.
+/// What a caller may see.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Scope {
+    /// Everything.
+    All,
+    /// Flows of which one end is in this namespace.
+    Namespace(String),
+}
+
+/// Says what the bearer of a token may see.
 pub trait Viewers: Send + Sync + fmt::Debug {
-    /// Lets the bearer in, or not.
+    /// Lets the bearer see the flows of a namespace, or everything where none is asked for; or not.
     ///
     /// # Errors
     /// When it may not, or that cannot be told now.
-    fn check<'a>(&'a self, token: &'a str) -> BoxFuture<'a, Result<(), Refused>>;
+    fn see<'a>(&'a self, token: &'a str, namespace: Option<&'a str>)
+    -> BoxFuture<'a, Result<Scope, Refused>>;
 }
 
 /// Nobody: without an API server there is nothing that proves a person.
@@ -25,7 +38,7 @@ pub trait Viewers: Send + Sync + fmt::Debug {
 pub struct Nobody;
 
 impl Viewers for Nobody {
-    fn check<'a>(&'a self, _: &'a str) -> BoxFuture<'a, Result<(), Refused>> {
+    fn see<'a>(&'a self, _: &'a str, _: Option<&'a str>) -> BoxFuture<'a, Result<Scope, Refused>> {
         let refused = Refused::NoAgent(
             "this operator reads a folder and knows no persons; ask the agents at their sockets",
         );

@@ -1,4 +1,5 @@
 use rustls::{ClientConfig, RootCertStore, pki_types::ServerName};
+use tokio::sync::watch;
 use tokio_rustls::{TlsConnector, client};
 use weft_core::TrustDomain;
 use weft_runtime::{Tasks, drain};
@@ -28,7 +29,7 @@ async fn connect(address: SocketAddr, ca: &EmbeddedCa) -> io::Result<client::Tls
 #[tokio::test]
 async fn another_ca_signs_the_certificate_anew_without_a_restart() {
     let (first, second) = (ca(), ca());
-    let (sender, receiver) = watch::channel(Arc::clone(&first));
+    let (sender, receiver) = watch::channel(None);
     let certificate = Certificate::new(&[NAME], receiver).unwrap();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
@@ -36,13 +37,23 @@ async fn another_ca_signs_the_certificate_anew_without_a_restart() {
     let (tasks, (trigger, drain)) = (Tasks::new(), drain::channel());
     tasks.spawn("accept", async move { while connections.next().await.is_some() {} });
     let current = Arc::clone(&certificate.current);
+    let shown = || current.0.read().as_ref().map(|(certificate, _)| Arc::clone(certificate));
     tasks.spawn("renew", certificate.renew(drain));
+    // Without a CA no handshake succeeds, and the first that comes makes it succeed.
+    assert!(connect(address, &first).await.is_err());
+    sender.send(Some(Arc::clone(&first))).unwrap();
+    let made = async {
+        while shown().is_none() {
+            sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(WAIT, made).await.unwrap();
     connect(address, &first).await.unwrap();
     assert!(connect(address, &second).await.is_err());
-    let before = Arc::clone(&current.0.read().0);
-    sender.send(Arc::clone(&second)).unwrap();
+    let before = shown().unwrap();
+    sender.send(Some(Arc::clone(&second))).unwrap();
     let renewed = async {
-        while Arc::ptr_eq(&before, &current.0.read().0) {
+        while shown().is_none_or(|now| Arc::ptr_eq(&before, &now)) {
             tokio::task::yield_now().await;
         }
     };
@@ -54,7 +65,7 @@ async fn another_ca_signs_the_certificate_anew_without_a_restart() {
 #[tokio::test]
 async fn an_address_holds_only_so_many_connections() {
     let ca = ca();
-    let certificate = Certificate::new(&[NAME], watch::channel(Arc::clone(&ca)).1).unwrap();
+    let certificate = Certificate::new(&[NAME], watch::channel(Some(Arc::clone(&ca))).1).unwrap();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let limits = Limits { connections: 8, per_address: 2 };

@@ -324,7 +324,13 @@ impl Folder {
         };
         for document in documents {
             let (key, parsed) = match document {
-                Ok(document) => (document.key.clone(), Parsed::Good(document)),
+                Ok(document) => {
+                    let (key, generation) = (document.key.clone(), document.generation);
+                    match objects::without_secrets(&document.object) {
+                        None => (key, Parsed::Good(document)),
+                        Some(message) => (key, Parsed::Bad { generation, message, target_refs: None }),
+                    }
+                }
                 Err(bad) => {
                     if bad.torn || bad.key.is_none() {
                         complain(format!("the document at line {}: {}", bad.line, bad.message));

@@ -103,7 +103,7 @@ async fn the_mesh_config_names_the_secret_of_the_ca() {
     )
     .await;
     told("Secret pki/mesh does not exist; create it with tls.crt, tls.key and ca.crt").await;
-    assert_eq!(*mesh.ca().certificate(), first, "the CA of before goes on");
+    assert_eq!(*mesh.ca().unwrap().certificate(), first, "the CA of before goes on");
 
     let (root, key) = (authority("company"), KeyPair::generate().unwrap());
     // Made once: each signature differs.
@@ -113,7 +113,7 @@ async fn the_mesh_config_names_the_secret_of_the_ca() {
     secrets.create(&PostParams::default(), &object).await.unwrap();
     told("").await;
     mesh.tick(SystemTime::now());
-    let held = signs(&mesh.ca());
+    let held = signs(&mesh.ca().unwrap());
     assert_eq!(held.chain().len(), 2, "the intermediate travels with the SVID");
     assert_eq!(held.roots().len(), 2, "the root of before is trusted still");
 
@@ -128,13 +128,13 @@ async fn the_mesh_config_names_the_secret_of_the_ca() {
         bad["data"][part] = json!(ByteString(text.as_bytes().to_vec()));
         secrets.patch("mesh", &PatchParams::default(), &Patch::Merge(&bad)).await.unwrap();
         told(said).await;
-        assert_eq!(signs(&mesh.ca()).chain()[1], held.chain()[1]);
+        assert_eq!(signs(&mesh.ca().unwrap()).chain()[1], held.chain()[1]);
     }
 
     // Another intermediate below the same root signs at once.
     secrets.patch("mesh", &PatchParams::default(), &Patch::Merge(&good)).await.unwrap();
     told("").await;
-    let renewed = signs(&mesh.ca());
+    let renewed = signs(&mesh.ca().unwrap());
     assert_ne!(renewed.chain()[1], held.chain()[1]);
     assert_eq!(renewed.roots(), held.roots());
 
@@ -142,7 +142,7 @@ async fn the_mesh_config_names_the_secret_of_the_ca() {
     let configs = "{apiVersion: weft.mesh/v1alpha1, kind: MeshConfig, metadata: {name: default}, spec: {}}";
     apply(&client, configs).await;
     let back = async {
-        while *mesh.ca().certificate() != first {
+        while *mesh.ca().unwrap().certificate() != first {
             mesh.tick(SystemTime::now());
             tokio::time::sleep(Duration::from_millis(20)).await;
         }

@@ -44,15 +44,15 @@ use crate::{
 const WAIT: Duration = Duration::from_secs(60);
 const NAMESPACE: &str = "weft-system";
 
-struct Operator {
-    child: Child,
+pub(crate) struct Operator {
+    pub(crate) child: Child,
     name: String,
     listen: SocketAddr,
     admin: SocketAddr,
 }
 
 impl Operator {
-    fn start(kubeconfig: &Path, log: &Path, name: &str) -> Self {
+    pub(crate) fn start(kubeconfig: &Path, log: &Path, name: &str) -> Self {
         let at = || SocketAddr::from(([127, 0, 0, 1], port()));
         let (listen, admin) = (at(), at());
         let log = fs::File::create(log.join(format!("{name}.log"))).unwrap();
@@ -68,23 +68,28 @@ impl Operator {
         Self { child, name: name.into(), listen, admin }
     }
 
-    async fn ready(&mut self) {
+    pub(crate) async fn ready(&mut self) {
         let end = Instant::now() + WAIT;
         loop {
             assert!(self.child.try_wait().unwrap().is_none(), "{} ended", self.name);
-            if let Ok(mut stream) = TcpStream::connect(self.admin).await {
-                let mut answer = String::new();
-                let request = b"GET /readyz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
-                if stream.write_all(request).await.is_ok()
-                    && stream.read_to_string(&mut answer).await.is_ok()
-                    && answer.starts_with("HTTP/1.1 200")
-                {
-                    return;
-                }
+            if self.get("/readyz").await.starts_with("HTTP/1.1 200") {
+                return;
             }
             assert!(Instant::now() < end, "{} is not ready", self.name);
             sleep(Duration::from_millis(50)).await;
         }
+    }
+
+    /// The answer of its admin endpoint; empty where it does not answer.
+    pub(crate) async fn get(&self, path: &str) -> String {
+        let mut answer = String::new();
+        if let Ok(mut stream) = TcpStream::connect(self.admin).await {
+            let request = format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+            if stream.write_all(request.as_bytes()).await.is_ok() {
+                let _ = stream.read_to_string(&mut answer).await;
+            }
+        }
+        answer
     }
 
     fn kill(&mut self) {
@@ -101,13 +106,17 @@ impl Drop for Operator {
 }
 
 /// An agent that acknowledges whatever it is sent.
-struct Agent {
+pub(crate) struct Agent {
     issuer: client::OperatorIssuer,
     _following: Tasks,
 }
 
 impl Agent {
-    async fn connect(operator: &Operator, bundle: &str, token: &Path) -> Result<Self, tonic::Status> {
+    pub(crate) async fn connect(
+        operator: &Operator,
+        bundle: &str,
+        token: &Path,
+    ) -> Result<Self, tonic::Status> {
         let uri = format!("https://{}", operator.listen);
         let channel = client::channel(&uri, SERVER_NAME, bundle.as_bytes()).unwrap();
         let file = client::TokenFile::new(token);
@@ -123,7 +132,7 @@ impl Agent {
         Ok(Self { issuer: client::OperatorIssuer::new(channel, file), _following: following })
     }
 
-    async fn sign(&self, namespace: &str, account: &str) -> Result<(), IssueError> {
+    pub(crate) async fn sign(&self, namespace: &str, account: &str) -> Result<(), IssueError> {
         let domain = weft_core::TrustDomain::new("cluster.local").unwrap();
         let id = SpiffeId::service_account(&domain, namespace, account);
         self.issuer.issue(&id).await.map(drop)
@@ -139,7 +148,7 @@ async fn acknowledge(mut deltas: Streaming<SubscribeResponse>, out: mpsc::Sender
     }
 }
 
-const OBJECTS: &str = r#"
+pub(crate) const OBJECTS: &str = r#"
 {apiVersion: v1, kind: Namespace, metadata: {name: shop, labels: {weft.mesh/mode: strict}}}
 ---
 {apiVersion: v1, kind: Namespace, metadata: {name: typo, labels: {weft.mesh/mode: strct}}}
@@ -314,7 +323,7 @@ async fn story(client: &Client, operators: &mut [Operator; 2], folder: &Path) {
 }
 
 /// Writes a file that only its owner can use, as the kubelet writes tokens.
-fn private(path: &Path, text: &str) {
+pub(crate) fn private(path: &Path, text: &str) {
     fs::write(path, text).unwrap();
     fs::set_permissions(path, fs::Permissions::from_mode(0o600)).unwrap();
 }
@@ -332,7 +341,7 @@ async fn holder(client: &Client) -> String {
     timeout(WAIT, wait).await.unwrap()
 }
 
-async fn bundle(client: &Client) -> String {
+pub(crate) async fn bundle(client: &Client) -> String {
     let maps: Api<ConfigMap> = Api::namespaced(client.clone(), NAMESPACE);
     let wait = async {
         loop {
@@ -345,7 +354,7 @@ async fn bundle(client: &Client) -> String {
     timeout(WAIT, wait).await.unwrap()
 }
 
-async fn agent_token(client: &Client, pod: &str) -> String {
+pub(crate) async fn agent_token(client: &Client, pod: &str) -> String {
     let pods: Api<Pod> = Api::namespaced(client.clone(), NAMESPACE);
     let uid = pods.get(pod).await.unwrap().metadata.uid;
     let spec = TokenRequestSpec {

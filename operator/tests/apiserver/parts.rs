@@ -283,7 +283,7 @@ async fn a_rotation_refuses_no_handshake(server: &ApiServer) {
     let key = whole.split("-----BEGIN CERTIFICATE-----").next().unwrap();
     let secrets: Api<Secret> = Api::namespaced(client.clone(), NAMESPACE);
     let changed = Patch::Merge(data(key, &new.roots_pem()));
-    let mut nodes: Vec<Node> = (0..4).map(|_| Node::new(&authority.ca())).collect();
+    let mut nodes: Vec<Node> = (0..4).map(|_| Node::new(&authority.ca().unwrap())).collect();
     secrets.patch(CA_SECRET, &PatchParams::default(), &changed).await.unwrap();
     // All the while nodes renew in turn, and each must accept each.
     let end = Instant::now() + WAIT;
@@ -292,12 +292,12 @@ async fn a_rotation_refuses_no_handshake(server: &ApiServer) {
         for (i, one) in nodes.iter().enumerate() {
             assert!(nodes.iter().all(|other| one.accepts(other)), "node {i} refuses");
         }
-        if authority.ca().roots()[0] != old && turn > 4 {
+        if authority.ca().unwrap().roots()[0] != old && turn > 4 {
             break;
         }
         assert!(Instant::now() < end, "the new root does not sign");
         // Roots reach every node well within the propagation; certificates change one by one.
-        let signed = Node::new(&authority.ca());
+        let signed = Node::new(&authority.ca().unwrap());
         for node in &mut nodes {
             node.roots.clone_from(&signed.roots);
         }
@@ -306,7 +306,7 @@ async fn a_rotation_refuses_no_handshake(server: &ApiServer) {
         turn += 1;
         sleep(Duration::from_millis(250)).await;
     }
-    assert_eq!(authority.ca().roots()[0], new.roots()[0]);
+    assert_eq!(authority.ca().unwrap().roots()[0], new.roots()[0]);
     let annotations = published(2).await;
     let retired = async {
         while !maps.get(BUNDLE).await.unwrap().metadata.annotations.unwrap_or_default()["weft.mesh/retire-at"]
@@ -323,7 +323,7 @@ async fn a_rotation_refuses_no_handshake(server: &ApiServer) {
         PROPAGATION,
     );
     BundleWriter::new(&cluster).adopt(&late).await.unwrap();
-    assert_eq!(late.ca().roots(), [new.roots()[0].clone(), old]);
+    assert_eq!(late.ca().unwrap().roots(), [new.roots()[0].clone(), old]);
     // Deleted, it is made anew, and the one in memory goes on until the new one is known.
     secrets.delete(CA_SECRET, &Default::default()).await.unwrap();
     let again = async {

@@ -134,3 +134,16 @@ fn a_folder_that_vanished_takes_nothing_away() {
     fs::remove_dir_all(f.dir.path()).unwrap();
     assert!(f.read().is_none());
 }
+
+#[test]
+fn a_secret_of_the_ca_is_refused() {
+    let mut f = Fixture::new();
+    let config = "apiVersion: weft.mesh/v1alpha1\nkind: MeshConfig\nmetadata: {name: default}\n";
+    f.write("a.yaml", &format!("{config}spec: {{}}\n"));
+    assert_eq!(summary(&f.read().unwrap()), ["a.yaml +MeshConfig default"]);
+    let named = "spec: {issuer: {embedded: {secretRef: {namespace: pki, name: mesh}}}}\n";
+    f.write("a.yaml", &format!("{config}{named}"));
+    let batch = f.read().unwrap();
+    let Change::Bad { message, .. } = &batch.changes[0].1 else { panic!("taken: {batch:?}") };
+    assert!(message.starts_with("spec.issuer.embedded.secretRef: there is no Secret pki/mesh"), "{message}");
+}
