@@ -72,6 +72,7 @@ pub async fn run(config: Config) -> Result<()> {
     config.check().map_err(|e| anyhow!(e))?;
     // Keys are in memory: no core file and no ptrace by others.
     set_dumpable_behavior(DumpableBehavior::NotDumpable).context("the process cannot be made undumpable")?;
+    files::raise_limit();
     let started = SystemTime::now();
     let run_dir = config.run_dir();
     files::run_dir(&run_dir)
@@ -192,7 +193,7 @@ pub async fn run(config: Config) -> Result<()> {
         flows.clone(),
     )));
     let control = Control {
-        channel: operator.clone(),
+        operator: operator.clone(),
         token: token.clone(),
         state: published.state.subscribe(),
         status: published.status.subscribe(),
@@ -243,14 +244,8 @@ pub async fn run(config: Config) -> Result<()> {
         turn: Arc::default(),
     };
     let (observer_of, status_of) = (observer.clone(), status.clone());
-    let relay = Relay {
-        channel: operator,
-        token,
-        observer: observer_of,
-        status: status_of,
-        prober,
-        drain: serving.clone(),
-    };
+    let relay =
+        Relay { operator, token, observer: observer_of, status: status_of, prober, drain: serving.clone() };
     vital_until_drained(&tasks, "relay", &drain, async move {
         relay.run().await;
         pending::<()>().await;

@@ -12,7 +12,7 @@ use std::{
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Status, transport::Channel};
+use tonic::{Request, Status};
 use weft_core::{Delta, MeshState, Resource, ResourceKey, Version};
 use weft_identity::client::TokenFile;
 use weft_proto::control::{
@@ -21,7 +21,10 @@ use weft_proto::control::{
 };
 use weft_runtime::{Backoff, DrainWatcher};
 
-use crate::node::{Command, NodeStatus};
+use crate::{
+    bundle::Operator,
+    node::{Command, NodeStatus},
+};
 
 /// Largest message from the operator, in bytes.
 const MAX_MESSAGE: usize = 256 << 20;
@@ -78,8 +81,8 @@ enum StreamError {
 /// What the control loop works with.
 #[derive(Debug)]
 pub struct Control {
-    /// The channel to the operator.
-    pub channel: Channel,
+    /// The way to the operator.
+    pub operator: Operator,
     /// The node's token.
     pub token: TokenFile,
     /// The state that is held.
@@ -136,7 +139,7 @@ impl Control {
         send(&requests, Message::Hello(hello)).await?;
         let mut request = Request::new(ReceiverStream::new(receiver));
         request.metadata_mut().insert("authorization", self.token.read().await?);
-        let mut client = ControlClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE);
+        let mut client = ControlClient::new(self.operator.clone()).max_decoding_message_size(MAX_MESSAGE);
         let mut answers = client.subscribe(request).await.map_err(Box::new)?.into_inner();
         self.link.shared.connected.store(true, Ordering::Relaxed);
         *self.link.shared.problem.lock() = None;

@@ -124,8 +124,8 @@ pub struct Enrolled {
     pub cookie: u64,
     /// The index of its host-side interface.
     pub host_ifindex: u32,
-    /// Whether the kernel knew it as a strict Pod before: it has no connections from before.
-    pub was_strict: bool,
+    /// Whether nothing is open from before it became strict: an agent has said so ([`Datapath::settled`]).
+    pub settled: bool,
 }
 
 /// The datapath of a node. A clone is another handle to the same one.
@@ -245,14 +245,14 @@ impl Datapath {
     /// connections go to them.
     ///
     /// # Errors
-    /// When the namespace is not the Pod's, or something cannot be made. A Pod that was not known before then leaves
-    /// nothing behind and stays refused.
+    /// When the namespace is not the Pod's, or something cannot be made. A Pod that was not known before then stays
+    /// refused, and a strict one is closed.
     pub fn enroll(&self, spec: &PodSpec) -> Result<Enrolled, DatapathError> {
         let inner = &*self.inner;
         let mut pods = inner.pods.lock();
         inner.in_charge()?;
         let mut inside = inner.ground().enter(&mut pods, spec)?;
-        let (cookie, was_strict) = (inside.cookie(), inside.was_strict());
+        let (cookie, settled) = (inside.cookie(), inside.settled());
         // A new sandbox of the same Pod, or a namespace that changed hands: the old one goes first.
         let stale =
             |(uid, e): &(&WorkloadUid, &pods::Enrolment)| (*uid == &spec.uid) != (e.entry.cookie == cookie);
@@ -278,13 +278,7 @@ impl Datapath {
         }
         let net = podnet::PodNetwork::new(enrolment.netns.clone(), inner.maps.clone())
             .with_addresses(&spec.addresses);
-        Ok(Enrolled {
-            net: Arc::new(net),
-            listeners,
-            cookie,
-            host_ifindex: enrolment.entry.ifindex,
-            was_strict,
-        })
+        Ok(Enrolled { net: Arc::new(net), listeners, cookie, host_ifindex: enrolment.entry.ifindex, settled })
     }
 
     /// Gives an enrolled Pod another subject, mode or fail mode. Listeners and connections stay.
@@ -302,7 +296,8 @@ impl Datapath {
         self.inner.in_charge()?;
         let enrolment = pods.enrolled.get_mut(uid).ok_or_else(|| not_enrolled(uid))?;
         let spec = PodSpec { subject, mode, fail_mode, ..enrolment.spec.clone() };
-        let entry = Pod { subject: subject.0, flags: pods::flags(&spec)?, ..enrolment.entry };
+        let flags = pods::flags_after(&spec, enrolment.entry.flags)?;
+        let entry = Pod { subject: subject.0, flags, ..enrolment.entry };
         if entry != enrolment.entry {
             self.inner.ground().rewrite(&entry)?;
             enrolment.entry = entry;

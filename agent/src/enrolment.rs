@@ -172,7 +172,7 @@ impl Enrolment {
             wanted.into_iter().partition(|(_, one)| matches!(one.goal, Goal::Enrol(_) | Goal::Hold(_)));
         for (uid, mut one) in leave.into_iter().chain(come) {
             let before = self.pods.remove(&uid);
-            one.keep_refusal(before.as_ref().map(|(earlier, _)| earlier));
+            one.keep_refusal(before.as_ref().and_then(refusal));
             tightened |= tighter(before.as_ref().map(|(w, s)| (&w.goal, s)), &one.goal);
             let standing = self.place(&uid, &one, before.as_ref(), anew);
             self.pods.insert(uid, (one, standing));
@@ -269,7 +269,7 @@ impl Enrolment {
             Goal::Hold(spec) => self.hold(wanted, spec, standing, anew),
             Goal::Pass(netns) => self.pass(uid, wanted, netns, standing),
             Goal::Refuse(why) => {
-                if before.is_none_or(|(earlier, _)| earlier.goal != wanted.goal) {
+                if before.and_then(refusal).is_none_or(|known| known != why) {
                     self.metrics.failures.inc();
                     tracing::error!(pod = %wanted.name, why, "cannot be enrolled");
                 }
@@ -320,7 +320,7 @@ impl Enrolment {
         self.proxy.remove_pod(&spec.uid);
         match self.datapath.enroll(spec) {
             Ok(enrolled) => {
-                self.note(spec, enrolled.was_strict);
+                self.note(spec, enrolled.settled);
                 tracing::info!(pod = %wanted.name, "held until the operator has described it");
                 Standing::Held(spec.clone())
             }
@@ -328,9 +328,10 @@ impl Enrolment {
         }
     }
 
-    /// Notes that a Pod is strict now and was not before, as the kernel says: an earlier agent may have enrolled it.
-    fn note(&mut self, spec: &PodSpec, was_strict: bool) {
-        if spec.mode == Mode::Strict && !was_strict {
+    /// Notes that a Pod is strict now and may have something open from before, as the kernel says: an earlier agent may
+    /// have enrolled it.
+    fn note(&mut self, spec: &PodSpec, settled: bool) {
+        if spec.mode == Mode::Strict && !settled {
             self.earlier.insert(spec.uid.clone());
         }
     }
@@ -346,7 +347,7 @@ impl Enrolment {
     fn enrol(&mut self, spec: &PodSpec) -> Result<(), String> {
         let began = Instant::now();
         let enrolled = self.datapath.enroll(spec).map_err(|e| chain(&e))?;
-        self.note(spec, enrolled.was_strict);
+        self.note(spec, enrolled.settled);
         self.proxy
             .add_pod(PodHandle { uid: spec.uid.clone(), net: enrolled.net, listeners: enrolled.listeners })
             .map_err(|e| format!("the proxy cannot take its listeners: {e}"))?;
@@ -385,6 +386,14 @@ impl Enrolment {
                 Standing::Failed(chain(&error))
             }
         }
+    }
+}
+
+/// Why a Pod is not in the mesh that should be.
+fn refusal((wanted, standing): &(Wanted, Standing)) -> Option<&str> {
+    match (&wanted.goal, standing) {
+        (Goal::Refuse(why), _) | (Goal::Enrol(_) | Goal::Hold(_), Standing::Failed(why)) => Some(why),
+        _ => None,
     }
 }
 

@@ -1,4 +1,4 @@
-//! Files and sockets of the run folder: for root only, and replaced as a whole.
+//! Files and sockets of the run folder: for root only, and replaced as a whole; and how many files may be open.
 
 use std::{
     fs, io,
@@ -6,6 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::UnixListener;
 use weft_runtime::durable;
 
@@ -67,6 +68,29 @@ fn gone(removed: io::Result<()>) -> io::Result<()> {
     }
 }
 
+/// Allows as many open files as the system does: each connection is at least two, and runtimes start containers with
+/// room for 1024.
+pub fn raise_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
+    let files = max_open();
+    match raised {
+        Ok(()) => tracing::info!(files, "that many files, and half as many connections, may be open"),
+        Err(error) => tracing::warn!(files, %error, "the limit of open files cannot be raised"),
+    }
+}
+
+/// How many files this process may have open.
+pub fn max_open() -> u64 {
+    getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
+}
+
+/// How many it has open; 0 where the kernel does not tell.
+pub fn open() -> u64 {
+    // The folder itself is one of them while it is read.
+    fs::read_dir("/proc/self/fd").map_or(0, |files| files.count().saturating_sub(1) as u64)
+}
+
 fn beside(path: &Path) -> PathBuf {
     let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
     path.with_file_name(format!(".{name}.{}", std::process::id()))
@@ -85,6 +109,16 @@ mod tests {
         assert_eq!(fs::read(&path).unwrap(), b"two");
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn open_files_are_counted_and_as_many_as_the_system_allows() {
+        raise_limit();
+        assert_eq!(Some(max_open()), getrlimit(Resource::Nofile).maximum.or(Some(u64::MAX)));
+        let before = open();
+        let more: Vec<_> = (0..50).map(|_| fs::File::open("/dev/null").unwrap()).collect();
+        // Other tests of this process open and close files too.
+        assert!(open() + 25 > before + more.len() as u64, "{} after {before}", open());
     }
 
     #[tokio::test]

@@ -11,10 +11,12 @@ use weft_identity::{
     spire::{PodUids, SpireIssuer},
 };
 
+use crate::bundle::Operator;
+
 /// The issuers that there are, and the one that is used.
 pub struct Issuers {
     credentials: CredentialManager,
-    operator: Arc<OperatorIssuer>,
+    operator: Arc<OperatorIssuer<Operator>>,
     pods: PodUids,
     used: Mutex<config::Issuer>,
     runtime: Handle,
@@ -24,7 +26,7 @@ impl Issuers {
     /// `credentials` work with `operator` until a configuration says otherwise. Make it inside a Tokio runtime.
     pub fn new(
         credentials: CredentialManager,
-        operator: Arc<OperatorIssuer>,
+        operator: Arc<OperatorIssuer<Operator>>,
         node: &str,
         state: watch::Receiver<Arc<MeshState>>,
     ) -> Self {

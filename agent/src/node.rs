@@ -1,7 +1,6 @@
 //! The node's state machine: takes configuration, brings kernel, proxy and Pods to it in a safe order.
 
 use std::{
-    collections::HashSet,
     path::PathBuf,
     sync::Arc,
     time::{Duration, Instant, SystemTime},
@@ -9,7 +8,7 @@ use std::{
 
 use prometheus_client::{metrics::counter::Counter, registry::Registry};
 use tokio::sync::{mpsc, oneshot, watch};
-use weft_core::{Delta, MeshState, NamespacedName, ResourceKey, Version, config::BeforeEnrolment};
+use weft_core::{Delta, MeshState, NamespacedName, ResourceKey, Version};
 use weft_identity::CredentialManager;
 use weft_runtime::{DrainWatcher, ReadyGuard};
 
@@ -177,6 +176,9 @@ pub struct Progress {
     swept: bool,
     /// The state is published but not in the kernel yet.
     pending: Option<Version>,
+    /// What passes beside the proxy was looked at since what is enforced last changed. A new agent does not know: the one
+    /// before may have died in between.
+    revoked: bool,
     /// Another agent serves until this one has taken over.
     takeover: bool,
     lost: Option<u64>,
@@ -330,7 +332,8 @@ impl Node {
             }
         };
         tracing::debug!(version = %state.version(), inserted = changes.inserted, removed = changes.removed, "enforced");
-        if tightened || changes.inserted + changes.removed > 0 {
+        self.progress.revoked &= !tightened && changes.inserted + changes.removed == 0;
+        if !self.progress.revoked {
             self.revoke(state);
         }
         self.progress.pending = None;
@@ -363,30 +366,6 @@ impl Node {
         }
     }
 
-    fn revoke(&mut self, state: &MeshState) {
-        let earlier = self.enrolment.earlier();
-        let resets = state.config().is_some_and(|c| c.before_enrolment == BeforeEnrolment::Reset);
-        let revoked = self.datapath.revoke(|connection| denied(state, &connection)).and_then(|ended| {
-            let tightened = if resets { &earlier } else { &HashSet::new() };
-            let more = self.datapath.end_earlier(tightened, |connection| denied(state, &connection))?;
-            self.enrolment.settled(&earlier);
-            Ok(ended + more)
-        });
-        match revoked {
-            Ok(0) => {}
-            Ok(ended) => {
-                self.metrics.revoked.inc_by(ended as u64);
-                tracing::info!(
-                    ended,
-                    "connections beside the proxy that the mesh no longer allows were ended"
-                );
-            }
-            Err(error) => {
-                tracing::error!(error = %chain(&error), "connections beside the proxy cannot be looked at");
-            }
-        }
-    }
-
     fn sweep(&self) -> bool {
         let Some(kept) = self.enrolment.kept() else { return false };
         match self.datapath.sweep(&kept) {
@@ -414,9 +393,10 @@ impl Node {
         if !self.retired() {
             self.check();
             let state = self.published.state.borrow().clone();
-            if self.progress.pending.is_some() && state.config().is_some() {
+            let known = state.config().is_some();
+            if self.progress.pending.is_some() && known {
                 self.enforce(&state, false);
-            } else if self.enrolment.incomplete() {
+            } else if self.enrolment.incomplete() || (known && !self.progress.revoked) {
                 self.bring(&state);
             }
             if self.progress.keep_again.is_some_and(|at| Instant::now() >= at) {
@@ -439,7 +419,8 @@ impl Node {
 
     /// Brings the Pods to what `state` wants; its tables are in the kernel already.
     fn bring(&mut self, state: &MeshState) {
-        if self.enrolment.reconcile(state, false) {
+        self.progress.revoked &= !self.enrolment.reconcile(state, false);
+        if !self.progress.revoked {
             self.revoke(state);
         }
     }

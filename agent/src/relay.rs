@@ -10,7 +10,7 @@ use std::{
 use futures_util::{StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Code, Request, Status, transport::Channel};
+use tonic::{Code, Request, Status};
 use weft_identity::client::TokenFile;
 use weft_proto::{
     agent::{StatusRequest, agent_server::Agent as _},
@@ -22,7 +22,7 @@ use weft_proto::{
 };
 use weft_runtime::{Backoff, DrainWatcher};
 
-use crate::{flow::server::Observer, probe::Prober, status::AgentStatus};
+use crate::{bundle::Operator, flow::server::Observer, probe::Prober, status::AgentStatus};
 
 mod routes;
 
@@ -37,8 +37,8 @@ const MAX_MESSAGE: usize = 400;
 
 /// What the relay works with.
 pub struct Relay {
-    /// The channel to the operator.
-    pub channel: Channel,
+    /// The way to the operator.
+    pub operator: Operator,
     /// The node's token.
     pub token: TokenFile,
     /// Answers for flows.
@@ -95,7 +95,7 @@ impl Relay {
         let mut request = Request::new(ReceiverStream::new(receiver));
         let token = self.token.read().await.map_err(|e| Status::unauthenticated(e.to_string()))?;
         request.metadata_mut().insert("authorization", token);
-        let mut questions = RelayClient::new(self.channel.clone()).serve(request).await?.into_inner();
+        let mut questions = RelayClient::new(self.operator.clone()).serve(request).await?.into_inner();
         *began = true;
         let mut open: HashMap<u64, Open> = HashMap::new();
         let mut works: FuturesUnordered<Work> = FuturesUnordered::new();

@@ -12,7 +12,8 @@ use weft_proto::agent::{
 use weft_runtime::Readiness;
 
 use crate::{
-    control::Link, datapath::Datapath, flow::FlowStore, guard::Guard, kubelet::Kubelet, node::NodeStatus,
+    control::Link, datapath::Datapath, files, flow::FlowStore, guard::Guard, kubelet::Kubelet,
+    node::NodeStatus,
 };
 
 /// Everything the answer is made of.
@@ -143,6 +144,8 @@ impl AgentStatus {
                 seen: totals.seen,
                 lost: totals.lost_kernel,
             }),
+            open_files: files::open(),
+            max_open_files: files::max_open(),
             not_ready: self.readiness.missing().into_iter().map(Into::into).collect(),
         }
     }

@@ -75,7 +75,7 @@ fn what_is_asked_for_ends_and_nothing_else() {
             let (datapath, _) = Datapath::load(world.config()).expect("load");
             datapath.pass(&outside.uid, &outside.netns).expect("outside the mesh");
             let enrolled = datapath.enroll(&spec(&pod, Mode::Strict)).expect("enrol");
-            assert!(!enrolled.was_strict, "nobody had enrolled it");
+            assert!(!enrolled.settled, "nobody had enrolled it");
             datapath.enroll(&spec(&other, Mode::Strict)).expect("enrol");
             datapath.reconcile(&Tables::default()).expect("tables");
 
@@ -171,12 +171,47 @@ fn the_proxys_connections_are_spared_whichever_agent_made_them() {
         // The next agent takes over, then the Pod becomes strict: the old one's connections are its own to end.
         let (new, _) = Datapath::load(world.config()).expect("take over");
         let again = new.enroll(&spec(&pod, Mode::Permissive)).expect("enrol");
-        assert!(!again.was_strict);
+        assert!(!again.settled);
         new.update(&pod.uid, SUBJECT, Mode::Strict, FailMode::Closed).expect("update");
         assert_eq!(new.end_earlier(&only(&pod), |_| true).expect("end"), 0);
         assert!(pairs.iter_mut().all(Pair::lives));
+        new.settled(&only(&pod)).expect("noted");
         let again = new.enroll(&spec(&pod, Mode::Strict)).expect("enrol anew");
-        assert!(again.was_strict, "an agent that comes back finds nothing from before");
+        assert!(again.settled, "an agent that comes back finds nothing from before");
+    });
+}
+
+/// Strict from the enrolment on, or by a later change: whoever dies before it has ended what was open leaves that to the
+/// next agent, however often; and who did it, to nobody.
+#[test]
+fn an_agent_that_died_before_the_reset_leaves_it_to_the_next() {
+    World::run(|world| {
+        for first in [Mode::Strict, Mode::Permissive] {
+            let (pod, outside) = (world.pod(), world.pod());
+            let mut open = Pair::new(&pod, &outside, outside.addresses[0]);
+            {
+                let (dies, _) = Datapath::load(world.config()).expect("load");
+                dies.pass(&outside.uid, &outside.netns).expect("outside the mesh");
+                dies.enroll(&spec(&pod, first)).expect("enrol");
+                dies.update(&pod.uid, SUBJECT, Mode::Strict, FailMode::Closed).expect("strict");
+            }
+            {
+                let (dies, _) = Datapath::load(world.config()).expect("load");
+                assert!(!dies.enroll(&spec(&pod, Mode::Strict)).expect("enrol").settled, "{first:?}");
+                let renamed = SubjectId(SUBJECT.0 + 1);
+                dies.update(&pod.uid, renamed, Mode::Strict, FailMode::Closed).expect("another subject");
+            }
+            assert!(open.lives());
+            let (ends, _) = Datapath::load(world.config()).expect("load");
+            assert!(!ends.enroll(&spec(&pod, Mode::Strict)).expect("enrol").settled, "{first:?}");
+            assert_eq!(ends.end_earlier(&only(&pod), |_| true).expect("end"), 1);
+            assert!(!open.lives());
+            ends.settled(&only(&pod)).expect("noted");
+            drop(ends);
+            let (next, _) = Datapath::load(world.config()).expect("load");
+            assert!(next.enroll(&spec(&pod, Mode::Strict)).expect("enrol").settled, "{first:?}");
+            next.remove(&pod.uid).expect("remove");
+        }
     });
 }
 

@@ -51,6 +51,9 @@ struct Agent {
     svids: Vec<Svid>,
     maps: Vec<Map>,
     flows: Flows,
+    open_files: u64,
+    /// 0 where the agent does not tell.
+    max_open_files: u64,
     #[serde(skip)]
     up: Duration,
 }
@@ -235,6 +238,8 @@ fn agent(server: String, s: StatusResponse, now: SystemTime) -> Agent {
             .into_iter()
             .map(|m| Map { name: m.name, entries: m.entries, capacity: m.capacity })
             .collect(),
+        open_files: s.open_files,
+        max_open_files: s.max_open_files,
         flows: Flows { capacity: flows.capacity, held: flows.held, seen: flows.seen, lost: flows.lost },
     }
 }
@@ -270,18 +275,29 @@ fn problems(report: &Report) -> Vec<String> {
             let problem = if v.problem.is_empty() { "expired" } else { &v.problem };
             note(format!("SVID {}: {problem}", v.identity));
         }
-        for m in a
-            .maps
-            .iter()
-            .filter(|m| m.capacity > 0 && m.entries.saturating_mul(10) >= m.capacity.saturating_mul(9))
-        {
-            note(format!("map {} is nearly full: {} of {}", m.name, m.entries, m.capacity));
+        for m in a.maps.iter().filter(|m| nearly(m.entries, m.capacity)) {
+            note(format!(
+                "map {} is nearly full: {} of {}; make room with --map-size {}=ENTRIES of weft-agent",
+                m.name, m.entries, m.capacity, m.name
+            ));
+        }
+        if nearly(a.open_files, a.max_open_files) {
+            note(format!(
+                "{} of {} files are open, and beyond that new connections wait or fail; raise the container runtime's limit of open files \
+                 (LimitNOFILE of its service)",
+                a.open_files, a.max_open_files
+            ));
         }
     }
     if let Some(operator) = &report.operator {
         found.extend(operator_problems(operator));
     }
     found
+}
+
+/// Whether nine tenths are used of what there is; nothing is known of what is none.
+fn nearly(used: u64, of: u64) -> bool {
+    of > 0 && used.saturating_mul(10) >= of.saturating_mul(9)
 }
 
 /// What the operator's summary says is wrong: unreadable files, objects with a failed condition, nodes that refused
@@ -334,6 +350,10 @@ fn table(report: &Report, problems: &[String], colour: bool) -> String {
                 ),
             ],
         ];
+        if a.max_open_files > 0 {
+            let files = format!("{} open, {} may be", a.open_files, a.max_open_files);
+            rows.push(vec!["  Files".into(), files]);
+        }
         let programs = || a.programs.iter().filter(|p| is_program(&p.name, p.id));
         let healthy = programs().filter(|p| p.healthy).count();
         rows.push(vec![

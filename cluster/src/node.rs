@@ -65,7 +65,8 @@ impl Node<'_> {
         format!("node{}", self.index)
     }
 
-    /// What it keeps: its `/var/lib`, `/var/log`, `/opt` and `/run` are `lib`, `log`, `opt` and `run` in it.
+    /// What it keeps: its `/var/lib`, `/var/log` and `/opt` are `lib`, `log` and `opt` in it; `run` has what this machine
+    /// looks at of its `/run`, which is in memory.
     pub fn folder(&self) -> PathBuf {
         self.record.folder().join(self.name())
     }

@@ -232,6 +232,9 @@ pub mod pod {
     /// Belongs to the mesh, and nobody has described it yet: it neither reaches the mesh nor is reached. What is outside
     /// the mesh it may dial.
     pub const HELD: u32 = 32;
+    /// With [`STRICT`]: what it had open with others before it became so was not looked at yet. For agents only, of which
+    /// the next one goes on where one died.
+    pub const UNSETTLED: u32 = 64;
 }
 
 /// [`crate::AddrInfo::flags`].

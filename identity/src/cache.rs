@@ -32,7 +32,7 @@ const VERSION: u32 = 1;
 pub enum CacheError {
     /// The folder is on a disk, and keys never go to a disk.
     #[error(
-        "{0} is not on tmpfs or ramfs, and keys are never written to a disk; mount an emptyDir with medium Memory there"
+        "{0} is not in memory (tmpfs), and keys are never written to a disk: an agent that restarts while the operator is away has none; keep --run-dir below the node's /run, which systemd has in memory, or mount a tmpfs at it"
     )]
     Disk(String),
     /// The file or its folder cannot be used.

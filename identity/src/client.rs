@@ -10,8 +10,10 @@ use rustls_pki_types::CertificateDer;
 use tokio::{fs::File, io::AsyncReadExt};
 use tonic::{
     Code, Request, Status,
+    body::Body,
+    codegen::{Service, http},
     metadata::{Ascii, MetadataValue},
-    transport::{Certificate, Channel, ClientTlsConfig, Endpoint},
+    transport::{self, Certificate, Channel, ClientTlsConfig, Endpoint},
 };
 use weft_core::SpiffeId;
 use weft_proto::control::{SignRequest, TrustRequest, TrustResponse, identity_client::IdentityClient};
@@ -30,10 +32,37 @@ const MAX_TOKEN: u64 = 64 * 1024;
 const MAX_CHAIN: usize = 8;
 const MAX_ROOTS: usize = 32;
 
+/// What calls to the operator go over: a [`Channel`], or something around one.
+pub trait Calls:
+    Service<
+        http::Request<Body>,
+        Response = http::Response<Body>,
+        Error = transport::Error,
+        Future: Send + 'static,
+    > + Clone
+    + Send
+    + Sync
+    + 'static
+{
+}
+
+impl<S> Calls for S where
+    S: Service<
+            http::Request<Body>,
+            Response = http::Response<Body>,
+            Error = transport::Error,
+            Future: Send + 'static,
+        > + Clone
+        + Send
+        + Sync
+        + 'static
+{
+}
+
 /// Asks the operator for signatures, over TLS verified with the trust bundle.
 #[derive(Clone)]
-pub struct OperatorIssuer {
-    client: IdentityClient<Channel>,
+pub struct OperatorIssuer<S = Channel> {
+    client: IdentityClient<S>,
     token: TokenFile,
 }
 
@@ -70,9 +99,9 @@ pub fn channel(uri: &str, server_name: &str, bundle_pem: &[u8]) -> Result<Channe
         .map_err(|error| ChannelError { uri: uri.to_owned(), error })
 }
 
-impl OperatorIssuer {
+impl<S: Calls> OperatorIssuer<S> {
     /// Calls over `channel`, proving this node with the token in the file.
-    pub fn new(channel: Channel, token: TokenFile) -> Self {
+    pub fn new(channel: S, token: TokenFile) -> Self {
         Self { client: IdentityClient::new(channel).max_decoding_message_size(MAX_ANSWER), token }
     }
 
@@ -112,7 +141,7 @@ impl OperatorIssuer {
     }
 }
 
-impl CsrSigner for OperatorIssuer {
+impl<S: Calls> CsrSigner for OperatorIssuer<S> {
     fn sign<'a>(&'a self, id: &'a SpiffeId, csr_der: Vec<u8>) -> BoxFuture<'a, Result<Signed, IssueError>> {
         Box::pin(self.call(id, csr_der))
     }
@@ -137,7 +166,7 @@ impl CsrSigner for OperatorIssuer {
     }
 }
 
-impl fmt::Debug for OperatorIssuer {
+impl<S> fmt::Debug for OperatorIssuer<S> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("OperatorIssuer").field("token", &self.token).finish_non_exhaustive()
     }

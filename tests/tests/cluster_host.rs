@@ -5,7 +5,10 @@
 
 use anyhow::{Result, ensure};
 use weft_cluster::Options;
-use weft_tests::mesh::{Mesh, NGINX};
+use weft_tests::{
+    manifest::{Pod, namespace, service},
+    mesh::Mesh,
+};
 
 /// Carried by requests; never to be seen on the wire.
 const CANARY: &str = "weft-canary-5d21";
@@ -14,52 +17,12 @@ const NAME: &str = "http://web.shop.svc.cluster.local/";
 
 /// Strict servers on both nodes, a strict client on node 1, and a Pod of node 1's own network.
 fn objects() -> String {
-    let server = |node: u8| {
-        format!(
-            "---
-apiVersion: v1
-kind: Pod
-metadata: {{name: web{node}, namespace: {SHOP}, labels: {{app: web, on: node{node}}}}}
-spec:
-  nodeName: node{node}
-  terminationGracePeriodSeconds: 0
-  containers:
-  - name: nginx
-    image: {NGINX}
-    imagePullPolicy: IfNotPresent
-    ports: [{{containerPort: 80}}]
-"
-        )
+    let web = |node: u8| {
+        let pod = Pod::nginx(SHOP, &format!("web{node}"), &format!("node{node}"));
+        pod.labels(&format!("app: web, on: node{node}")).to_string()
     };
-    let client = |namespace: &str, name: &str, host: bool| {
-        let network = if host {
-            "hostNetwork: true\n  dnsPolicy: ClusterFirstWithHostNet"
-        } else {
-            "hostNetwork: false"
-        };
-        format!(
-            "---
-apiVersion: v1
-kind: Pod
-metadata: {{name: {name}, namespace: {namespace}}}
-spec:
-  nodeName: node1
-  {network}
-  terminationGracePeriodSeconds: 0
-  containers: [{{name: c, image: 'busybox:1', command: [sleep, infinity]}}]
-"
-        )
-    };
-    format!(
-        "{{apiVersion: v1, kind: Namespace, metadata: {{name: {SHOP}, labels: {{weft.mesh/mode: strict}}}}}}
----
-{{apiVersion: v1, kind: Namespace, metadata: {{name: outside}}}}
-{}{}{}{}---
-apiVersion: v1
-kind: Service
-metadata: {{name: web, namespace: {SHOP}}}
-spec: {{type: NodePort, selector: {{app: web}}, ports: [{{name: http, port: 80}}]}}
----
+    let services = format!(
+        "---
 apiVersion: v1
 kind: Service
 metadata: {{name: near, namespace: {SHOP}}}
@@ -75,12 +38,19 @@ spec:
   internalTrafficPolicy: Local
   selector: {{app: web, on: node2}}
   ports: [{{name: http, port: 80, appProtocol: http}}]
-",
-        server(1),
-        server(2),
-        client(SHOP, "client", false),
-        client("outside", "monitor", true),
-    )
+"
+    );
+    [
+        namespace(SHOP, Some("strict")),
+        namespace("outside", None),
+        web(1),
+        web(2),
+        Pod::busybox(SHOP, "client", "node1").to_string(),
+        Pod::busybox("outside", "monitor", "node1").host_network().to_string(),
+        service(SHOP, "web", "type: NodePort, ports: [{name: http, port: 80}]"),
+        services,
+    ]
+    .concat()
 }
 
 fn policy(node: &str) -> String {
@@ -129,6 +99,7 @@ fn a_pod_of_the_nodes_network_speaks_for_the_node() -> Result<()> {
     mesh.cluster.apply(&objects())?;
     mesh.ready(SHOP, &["web1", "web2", "client"])?;
     mesh.ready("outside", &["monitor"])?;
+    mesh.named(SHOP, &["web", "near", "far"])?;
     mesh.enrolled(SHOP, &["web1", "web2", "client"], "strict")?;
     let ip = |pod: &str| mesh.field(SHOP, &format!("pod/{pod}"), ".status.podIP");
     let (near, far) = (ip("web1")?, ip("web2")?);
@@ -171,6 +142,18 @@ fn a_pod_of_the_nodes_network_speaks_for_the_node() -> Result<()> {
         for part in ["spiffe://cluster.local/node/node1", "proxy-source", "proxy-destination", "mtls("] {
             ensure!(flows.contains(part), "no {part} in {flows}");
         }
+        Ok(())
+    })?;
+    // The other node names it too, to which it is but an identity: it has no address of its own there.
+    mesh.eventually("a flow of the other node that names this one", || {
+        let flows = mesh.weft(&["observe", "-n", SHOP, "--last", "200", "-o", "json"])?;
+        let named = |line: &str| {
+            serde_json::from_str::<serde_json::Value>(line).is_ok_and(|flow| {
+                let there = flow["node"] == "node2" && flow["reporter"] == "proxy-destination";
+                there && flow["source"]["workload"] == "node1"
+            })
+        };
+        ensure!(flows.lines().any(named), "none in {flows}");
         Ok(())
     })?;
     mesh.cluster.kubectl(&["-n", SHOP, "delete", "wap", "from-node"])?;

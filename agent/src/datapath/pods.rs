@@ -119,9 +119,9 @@ impl Inside {
         self.netns.cookie()
     }
 
-    /// Whether an earlier enrolment has made it strict.
-    pub(super) fn was_strict(&self) -> bool {
-        self.earlier.is_some_and(|earlier| earlier.flags & pod::STRICT != 0)
+    /// Whether it is known to have nothing open from before it became strict.
+    pub(super) fn settled(&self) -> bool {
+        self.earlier.is_some_and(|earlier| earlier.flags & (pod::STRICT | pod::UNSETTLED) == pod::STRICT)
     }
 }
 
@@ -146,20 +146,26 @@ impl Ground<'_> {
                 }
             }
         })?;
-        let (earlier, slot, interface, sockets) = made?;
+        let (earlier, slot, interface, sockets) = made.inspect_err(|error| {
+            // Any other error may mean that the namespace is not the Pod's.
+            if matches!(error, DatapathError::Listen { .. }) {
+                self.close(spec, &netns);
+            }
+        })?;
         Ok(Inside { netns, earlier, slot, interface, sockets })
     }
 
-    /// Enrols a Pod (again); on failure a Pod that was not known before leaves nothing behind.
+    /// Enrols a Pod (again); on failure a Pod that was not known before leaves nothing behind but, if it is strict, what
+    /// closes it.
     pub(super) fn enroll(
         &self,
         pods: &mut Pods,
         spec: &PodSpec,
         inside: Inside,
     ) -> Result<Sockets, DatapathError> {
-        let flags = flags(spec)?;
         let (ip4, ip6) = families(spec);
         let Inside { netns, earlier, slot, interface, sockets } = inside;
+        let flags = flags_after(spec, earlier.map_or(0, |earlier| earlier.flags))?;
         let cookie = netns.cookie();
         let outer = outer(spec, interface);
         let entry = |ifindex: u32, ports: Ports| Pod {
@@ -202,6 +208,7 @@ impl Ground<'_> {
                     if let Err(undone) = undone {
                         tracing::warn!(uid = %spec.uid, error = %undone, "a failed enrolment left something behind");
                     }
+                    self.close(spec, &netns);
                 }
                 Err(error)
             }
@@ -224,29 +231,45 @@ impl Ground<'_> {
             self.maps.pod_addrs.set(&address, entry)?;
         }
         let interface = format!("interface {}", entry.ifindex);
-        let namespace = format!("network namespace {}", netns.path().display());
         let record = Record::new(self.bpffs, entry.ifindex, &spec.uid);
         let packets = |name, way, pin| {
             let packets =
                 Packets { hook: self.hook, way, record: record.clone(), pin: self.pin(pin, &spec.uid) };
             Attachment::packets(self.programs.get(name)?, packets, &interface)
         };
-        let lookup = self.pin(PINS[2], &spec.uid);
+        let attachments = vec![
+            packets(program::FROM_POD, Way::In, PINS[0])?,
+            packets(program::TO_POD, Way::Out, PINS[1])?,
+            self.lookup(spec, netns)?,
+        ];
+        // Last: from here on the Pod's connects are answered at all.
+        self.maps.pods.set(&entry.cookie, entry)?;
+        Ok(attachments)
+    }
+
+    fn lookup(&self, spec: &PodSpec, netns: &NetNs) -> Result<Attachment, DatapathError> {
+        let pin = self.pin(PINS[2], &spec.uid);
         let ends = Place {
             kind: LinkKind::Netns,
             attach_type: bpf_attach_type::BPF_SK_LOOKUP,
             target: Target::Fd(netns.as_fd()),
             id: netns.inode(),
-            pin: &lookup,
+            pin: &pin,
         };
-        let attachments = vec![
-            packets(program::FROM_POD, Way::In, PINS[0])?,
-            packets(program::TO_POD, Way::Out, PINS[1])?,
-            Attachment::link(self.programs.get(program::SK_LOOKUP)?, &ends, &namespace)?,
-        ];
-        // Last: from here on the Pod's connects are answered at all.
-        self.maps.pods.set(&entry.cookie, entry)?;
-        Ok(attachments)
+        let shown = format!("network namespace {}", netns.path().display());
+        Attachment::link(self.programs.get(program::SK_LOOKUP)?, &ends, &shown)
+    }
+
+    /// Refuses the TCP connections that come in to a strict Pod which cannot be enrolled: it may run already. The program
+    /// lets none to an address that it does not know, so that this needs room in no map.
+    fn close(&self, spec: &PodSpec, netns: &NetNs) {
+        if spec.mode != Mode::Strict {
+            return;
+        }
+        // Its pin holds it. A later enrolment takes it over; a Pod that is removed loses it.
+        if let Err(error) = self.lookup(spec, netns) {
+            tracing::error!(uid = %spec.uid, %error, "a strict Pod that cannot be enrolled cannot be closed either");
+        }
     }
 
     /// Writes an entry again, after a change of subject or mode.
@@ -322,6 +345,13 @@ pub(super) fn flags(spec: &PodSpec) -> Result<u32, DatapathError> {
         Mode::Strict => Ok(pod::STRICT | held),
         Mode::Permissive => Ok(pod::PERMISSIVE | held | if open { pod::FAIL_OPEN } else { 0 }),
     }
+}
+
+/// The flags of a Pod's entry that had the flags `before`; 0 where it had no entry.
+pub(super) fn flags_after(spec: &PodSpec, before: u32) -> Result<u32, DatapathError> {
+    let flags = flags(spec)?;
+    let settled = flags & pod::STRICT == 0 || before & (pod::STRICT | pod::UNSETTLED) == pod::STRICT;
+    Ok(if settled { flags } else { flags | pod::UNSETTLED })
 }
 
 fn families(spec: &PodSpec) -> (Option<Ipv4Addr>, Option<Ipv6Addr>) {
@@ -417,5 +447,31 @@ mod tests {
         assert_eq!(flags(&spec(Mode::Strict, FailMode::Closed)).expect("flags"), pod::STRICT);
         let held = PodSpec { subject: SubjectId::UNKNOWN, ..spec(Mode::Strict, FailMode::Closed) };
         assert_eq!(flags(&held).expect("flags"), pod::STRICT | pod::HELD);
+    }
+
+    #[test]
+    fn who_became_strict_is_unsettled_until_it_is_noted() {
+        let spec = |mode| PodSpec {
+            uid: "a".into(),
+            subject: SubjectId(300),
+            mode,
+            fail_mode: FailMode::Closed,
+            addresses: Vec::new(),
+            netns: PathBuf::new(),
+        };
+        let after = |mode, before| flags_after(&spec(mode), before).expect("flags");
+        let unsettled = pod::STRICT | pod::UNSETTLED;
+        for (before, strict) in [
+            (0, unsettled),
+            (pod::PASS, unsettled),
+            (pod::PERMISSIVE, unsettled),
+            (unsettled, unsettled),
+            (unsettled | pod::HELD, unsettled),
+            (pod::STRICT, pod::STRICT),
+            (pod::STRICT | pod::HELD, pod::STRICT),
+        ] {
+            assert_eq!(after(Mode::Strict, before), strict, "{before}");
+            assert_eq!(after(Mode::Permissive, before), pod::PERMISSIVE, "{before}");
+        }
     }
 }

@@ -4,8 +4,8 @@ use std::{collections::HashSet, io, net::SocketAddr};
 
 use weft_core::WorkloadUid;
 use weft_ebpf_common::{
-    Addr,
-    codes::{TUNNEL_PORT, kind, proto},
+    Addr, Pod,
+    codes::{TUNNEL_PORT, kind, pod, proto},
 };
 
 use super::{
@@ -56,6 +56,24 @@ impl Datapath {
         denied: impl FnMut(KernelConnection<'_>) -> bool,
     ) -> Result<usize, DatapathError> {
         end_earlier(&self.inner.pods.lock(), &self.inner.maps, earlier, denied)
+    }
+
+    /// Writes down that what these Pods had open from before they became strict was looked at, so that no later agent
+    /// does it again. An agent that dies before leaves it to the next.
+    ///
+    /// # Errors
+    /// When the maps cannot be written.
+    pub fn settled(&self, uids: &HashSet<WorkloadUid>) -> Result<(), DatapathError> {
+        let mut pods = self.inner.pods.lock();
+        self.inner.in_charge()?;
+        for (_, enrolment) in pods.enrolled.iter_mut().filter(|(uid, _)| uids.contains(*uid)) {
+            let entry = Pod { flags: enrolment.entry.flags & !pod::UNSETTLED, ..enrolment.entry };
+            if entry != enrolment.entry {
+                self.inner.ground().rewrite(&entry)?;
+                enrolment.entry = entry;
+            }
+        }
+        Ok(())
     }
 }
 

@@ -153,13 +153,13 @@ fn undescribed(state: &MeshState, sandbox: &Sandbox) -> Wanted {
 
 impl Wanted {
     /// A Pod that was refused has no sandbox until the kubelet tries again; why it was refused is still the news.
-    pub(super) fn keep_refusal(&mut self, before: Option<&Self>) {
+    pub(super) fn keep_refusal(&mut self, why: Option<&str>) {
         let meshed = self.workload.as_ref().is_some_and(|w| w.mode.enrolled());
         if self.goal == Goal::Wait
             && meshed
-            && let Some(Self { goal: refusal @ Goal::Refuse(_), .. }) = before
+            && let Some(why) = why
         {
-            self.goal = refusal.clone();
+            self.goal = Goal::Refuse(why.into());
         }
     }
 }

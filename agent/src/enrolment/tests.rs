@@ -35,3 +35,18 @@ fn connections_from_before_matter_where_a_running_pod_is_tightened() {
     // Out of the mesh.
     assert!(!tighter(Some((&strict, &enrolled(Mode::Strict))), &passed.0));
 }
+
+#[test]
+fn a_refusal_is_of_a_pod_that_should_be_in_the_mesh() {
+    let one = |goal: Goal, standing: Standing| {
+        (Wanted { name: NamespacedName::new("shop", "web"), workload: None, sandbox: None, goal }, standing)
+    };
+    let failed = || Standing::Failed("a map is full".into());
+    let strict = || Goal::Enrol(spec(Mode::Strict));
+    assert_eq!(refusal(&one(strict(), failed())), Some("a map is full"));
+    assert_eq!(refusal(&one(Goal::Hold(spec(Mode::Strict)), failed())), Some("a map is full"));
+    assert_eq!(refusal(&one(Goal::Refuse("isolated".into()), Standing::Out)), Some("isolated"));
+    assert_eq!(refusal(&one(strict(), Standing::Enrolled(spec(Mode::Strict)))), None);
+    assert_eq!(refusal(&one(Goal::Pass("/x".into()), failed())), None);
+    assert_eq!(refusal(&one(Goal::Wait, Standing::Out)), None);
+}

@@ -1,6 +1,6 @@
 //! Which of what passes beside the proxy must end.
 
-use std::net::IpAddr;
+use std::{collections::HashSet, net::IpAddr};
 
 use weft_core::{
     MeshState, Service, Workload,
@@ -10,7 +10,37 @@ use weft_core::{
     workload::Mode,
 };
 
-use crate::datapath::KernelConnection;
+use super::Node;
+use crate::{datapath::KernelConnection, enrolment::chain};
+
+impl Node {
+    /// Ends what passes beside the proxy and must not any more; where that fails it is tried again.
+    pub(super) fn revoke(&mut self, state: &MeshState) {
+        let earlier = self.enrolment.earlier();
+        let resets = state.config().is_some_and(|c| c.before_enrolment == BeforeEnrolment::Reset);
+        let revoked = self.datapath.revoke(|connection| denied(state, &connection)).and_then(|ended| {
+            let tightened = if resets { &earlier } else { &HashSet::new() };
+            let more = self.datapath.end_earlier(tightened, |connection| denied(state, &connection))?;
+            self.datapath.settled(&earlier)?;
+            self.enrolment.settled(&earlier);
+            Ok(ended + more)
+        });
+        self.progress.revoked = revoked.is_ok();
+        match revoked {
+            Ok(0) => {}
+            Ok(ended) => {
+                self.metrics.revoked.inc_by(ended as u64);
+                tracing::info!(
+                    ended,
+                    "connections beside the proxy that the mesh no longer allows were ended"
+                );
+            }
+            Err(error) => {
+                tracing::error!(error = %chain(&error), "connections beside the proxy cannot be looked at");
+            }
+        }
+    }
+}
 
 /// TCP's protocol number.
 const TCP: u8 = 6;

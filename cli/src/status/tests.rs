@@ -31,6 +31,8 @@ fn report() -> Report {
             ..Default::default()
         }],
         config: Some(wire::Config { version: "0000000a.3".into(), connected: true, ..Default::default() }),
+        open_files: 80,
+        max_open_files: 524_288,
         ..Default::default()
     };
     Report { agents: vec![agent("unix:/x".into(), answer, now)], unknown: Vec::new(), operator: None }
@@ -47,6 +49,7 @@ node-a ready, up 5m10s
   Operator  connected
   Config    version 0000000a.3
   Flows     0 held of 0, 0 seen, 0 lost
+  Files     80 open, 524288 may be
   Programs  1 of 1 attached and healthy
 
   PROGRAM        ID  ATTACHED TO     REPAIRS  STATE
@@ -97,6 +100,7 @@ fn what_is_wrong_is_named() {
     report.agents[0].not_ready = vec!["credentials".into()];
     report.agents[0].ready = false;
     report.agents[0].svids[0].left = None;
+    report.agents[0].open_files = 471_860;
     report.agents[0].maps = vec![Map { name: "POLICY".into(), entries: 90, capacity: 100 }];
     report.operator = Some(serde_json::json!({
         "nodes": [{"node": "node-b", "connected": false}],
@@ -113,7 +117,9 @@ fn what_is_wrong_is_named() {
             "node-a: not ready, missing: credentials",
             "node-a: no link to the operator; the last configuration goes on",
             "node-a: SVID spiffe://cluster.local/ns/shop/sa/web: expired",
-            "node-a: map POLICY is nearly full: 90 of 100",
+            "node-a: map POLICY is nearly full: 90 of 100; make room with --map-size POLICY=ENTRIES of weft-agent",
+            "node-a: 471860 of 524288 files are open, and beyond that new connections wait or fail; raise the container runtime's limit of \
+             open files (LimitNOFILE of its service)",
             "operator: b.yaml: it is no YAML",
             "operator: a.yaml: AuthorizationPolicy shop/p: not Accepted: spec.action: write ALLOW",
             "operator: node node-b is not connected",

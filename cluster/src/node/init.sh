@@ -6,14 +6,20 @@ hostname "$NODE"
 mount --make-rprivate /
 
 # Nothing is left on the machine: what a node writes lies in its folder.
-for pair in lib:/var/lib log:/var/log opt:/opt run:/run; do
+for pair in lib:/var/lib log:/var/log opt:/opt; do
   mkdir -p "$FOLDER/${pair%%:*}"
   mount --bind "$FOLDER/${pair%%:*}" "${pair#*:}"
+done
+# In memory, as systemd has it, but for what the machine looks at.
+mount -t tmpfs -o mode=755 run /run
+for name in containerd nri node spire; do
+  mkdir -p "$FOLDER/run/$name" "/run/$name"
+  mount --bind "$FOLDER/run/$name" "/run/$name"
 done
 # Its /etc is the machine's, with what the node itself writes there on top.
 mkdir -p "$FOLDER/etc-upper" "$FOLDER/etc-work"
 mount -t overlay -o "lowerdir=/etc,upperdir=$FOLDER/etc-upper,workdir=$FOLDER/etc-work" overlay /etc
-mkdir -p /run/netns /run/containerd /run/node /etc/cni/net.d /opt/cni/bin /opt/volume-plugins
+mkdir -p /run/netns /etc/cni/net.d /opt/cni/bin /opt/volume-plugins
 cp "$FOLDER/etc/cni.conflist" /etc/cni/net.d/10-pods.conflist
 
 # The kubelet sets some of the kernel's own settings, which belong to the machine: here it sets copies.

@@ -133,6 +133,16 @@ impl Fixture {
 
 type Receiver = watch::Receiver<Option<Arc<Credentials>>>;
 
+/// Waits for it, at most a minute of paused time.
+async fn come_true(mut condition: impl FnMut() -> bool) {
+    let poll = async {
+        while !condition() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), poll).await.unwrap();
+}
+
 async fn some(receiver: &mut Receiver) -> Arc<Credentials> {
     receiver.wait_for(Option::is_some).await.unwrap().clone().unwrap()
 }
@@ -201,9 +211,7 @@ async fn failures_are_seen_and_tried_again() {
     let mut web = fixture.reader.subscribe(&id("web"));
     fixture.want(&["web"]);
     let start = Instant::now();
-    while fixture.issuer.calls.load(Ordering::SeqCst) < 6 {
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
+    come_true(|| fixture.issuer.calls.load(Ordering::SeqCst) >= 6).await;
     // 250, 500, 1000, 2000 and 4000 ms, each shortened by up to a half.
     let waited = start.elapsed();
     assert!(waited >= Duration::from_millis(3_800) && waited <= Duration::from_millis(8_000), "{waited:?}");
@@ -248,9 +256,7 @@ async fn expiry_takes_it_back_and_recovery_brings_a_new_one() {
 async fn a_silent_issuer_is_given_up_on() {
     let fixture = Fixture::start(0, |_, _| {});
     fixture.want(&["web"]);
-    while fixture.manager.status()[0].problem.is_none() {
-        tokio::time::sleep(Duration::from_secs(1)).await;
-    }
+    come_true(|| fixture.manager.status()[0].problem.is_some()).await;
     let problem = fixture.manager.status()[0].problem.clone().unwrap();
     assert!(problem.contains("no answer within 15 s"), "{problem}");
     fixture.stop().await;
@@ -260,9 +266,7 @@ async fn a_silent_issuer_is_given_up_on() {
 async fn an_answer_for_somebody_else_is_refused() {
     let fixture = Fixture::start(MANY, |issuer, _| issuer.wrong_id = Some(id("admin")));
     fixture.want(&["web"]);
-    while fixture.manager.status()[0].problem.is_none() {
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
+    come_true(|| fixture.manager.status()[0].problem.is_some()).await;
     let problem = fixture.manager.status()[0].problem.clone().unwrap();
     assert!(problem.contains("sa/admin") && problem.contains("sa/web"), "{problem}");
     assert!(fixture.reader.current(&id("web")).is_none() && fixture.reader.current(&id("admin")).is_none());

@@ -147,8 +147,8 @@ fn check(shared: &Shared, pod: &Pod, caller: &Caller, incoming: &Incoming) -> Op
     None
 }
 
-/// The Pod that calls. Where the state knows another identity for its address, the state may be late: it gets a
-/// moment to agree.
+/// The Pod that calls, or the node for those of its network, which have no address of their own. Where the state knows
+/// another identity for its address, the state may be late: it gets a moment to agree.
 async fn source(shared: &Shared, caller: &Caller) -> Result<Option<Arc<Workload>>, Arc<Workload>> {
     let address = caller.session.peer.ip();
     let agrees = |workload: Option<&Arc<Workload>>| match workload {
@@ -156,7 +156,10 @@ async fn source(shared: &Shared, caller: &Caller) -> Result<Option<Arc<Workload>
         None => Some(None),
     };
     match shared.wait(|state| agrees(state.workload_at(address))).await {
-        Some(workload) => Ok(workload),
+        Some(workload) => Ok(workload.or_else(|| {
+            let state = shared.state();
+            state.node(caller.peer.as_node()?).filter(|node| node.identity == caller.peer).cloned()
+        })),
         None => match shared.state().workload_at(address) {
             Some(workload) if workload.identity != caller.peer => Err(workload.clone()),
             other => Ok(other.cloned()),

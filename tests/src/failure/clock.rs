@@ -14,6 +14,9 @@ pub struct Clock {
     /// The file; 0 where there is none.
     #[arg(long)]
     offset: PathBuf,
+    /// Stop, and become the program when continued: how this begins it.
+    #[arg(long, hide = true)]
+    stopped: bool,
     /// The program and its arguments.
     #[arg(last = true, required = true)]
     command: Vec<String>,
@@ -39,20 +42,20 @@ impl Clock {
     /// When it cannot be run or watched.
     #[cfg(target_arch = "x86_64")]
     pub fn run(self) -> Result<Value> {
-        x86::run(&self)
+        if self.stopped { x86::become_it(&self) } else { x86::run(&self) }
     }
 }
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use std::process::Command;
+    use std::{os::unix::process::CommandExt as _, process::Command};
 
     use anyhow::{Context as _, Result, bail};
     use nix::{
         errno::Errno,
         sys::{
             ptrace::{self, Options},
-            signal::{Signal, kill},
+            signal::{Signal, kill, raise},
             wait::{WaitPidFlag, WaitStatus, waitpid},
         },
         unistd::Pid,
@@ -72,8 +75,9 @@ mod x86 {
 
     pub(super) fn run(clock: &Clock) -> Result<Value> {
         // It waits until it is watched, and then becomes the program.
-        let script = "kill -STOP $$; exec \"$@\"";
-        let child = Command::new("sh").args(["-c", script, "sh"]).args(&clock.command).spawn()?;
+        let mut command = Command::new("/proc/self/exe");
+        command.args(["clock", "--stopped", "--offset"]).arg(&clock.offset).arg("--").args(&clock.command);
+        let child = command.spawn()?;
         let main = Pid::from_raw(i32::try_from(child.id())?);
         waitpid(main, Some(WaitPidFlag::WUNTRACED))?;
         let options = Options::PTRACE_O_EXITKILL
@@ -103,6 +107,12 @@ mod x86 {
                 Err(error) => return Err(error).context("wait for the program"),
             }
         }
+    }
+
+    pub(super) fn become_it(clock: &Clock) -> Result<Value> {
+        raise(Signal::SIGSTOP)?;
+        let (program, arguments) = clock.command.split_first().context("no program")?;
+        Err(Command::new(program).args(arguments).exec()).with_context(|| format!("become {program}"))
     }
 
     /// A thread may end at any time.

@@ -25,8 +25,8 @@ pub const ROWS: &[Row] = &[
         ],
         then: "An agent that restarts meanwhile begins from its snapshot, with the certificates that it keeps on tmpfs, and \
                serves. An operator goes on signing for agents whose tokens it has checked within the hour \
-               (`operator/src/kubernetes/review.rs`); an agent that comes to a replica which has not waits. Objects that \
-               change when the API server is back are enforced within seconds.",
+               (`operator/src/kubernetes/review.rs`); an agent that comes to a replica which has not turns to another one. \
+               Objects that change when the API server is back are enforced within seconds.",
         test: CONTROL,
     },
     Row {
@@ -112,8 +112,9 @@ pub const ROWS: &[Row] = &[
             says(Place::Metrics, "weft_map_entries{map=\"PODS\"} 5"),
             says(Place::Metrics, "weft_enrolment_failures_total"),
         ],
-        then: "On Kubernetes a strict Pod does not start at all, and `kubectl describe pod` says why. The other Pods of the \
-               node go on. It is tried again each second, and works as soon as there is room.",
+        then: "On Kubernetes a strict Pod does not start at all, and `kubectl describe pod` says why; one that runs already \
+               and becomes strict is closed (`tests/tests/cluster_limits.rs`). The other Pods of the node go on. It is tried \
+               again each second, and works as soon as there is room.",
         test: LAB,
     },
     Row {

@@ -137,12 +137,13 @@ fn why_a_pod_was_refused_is_remembered_until_it_is_tried_again() {
             .remove(&WorkloadUid::from("uid-web"))
             .expect("the Pod")
     };
-    let isolated = Sandbox { isolated: Some("gvisor".into()), ..sandbox("uid-web", "shop", "web-abc") };
-    let refused = one(&state, isolated);
     let mut now = waiting();
-    now.keep_refusal(Some(&refused));
-    assert_eq!(now.goal, refused.goal);
+    now.keep_refusal(Some("a map is full"));
+    assert_eq!(now.goal, Goal::Refuse("a map is full".into()));
     let mut now = waiting();
-    now.keep_refusal(Some(&one(&state, sandbox("uid-web", "shop", "web-abc"))));
+    now.keep_refusal(None);
     assert_eq!(now.goal, Goal::Wait);
+    let mut tried = one(&state, sandbox("uid-web", "shop", "web-abc"));
+    tried.keep_refusal(Some("a map is full"));
+    assert!(matches!(tried.goal, Goal::Enrol(_)));
 }

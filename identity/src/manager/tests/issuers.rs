@@ -95,21 +95,19 @@ async fn a_renewal_is_taken_and_a_loss_is_told_until_the_issuer_is_back() {
     assert_eq!(issuer.calls.load(Ordering::SeqCst), 1, "asked though it renews");
 
     sender.send(Err(IssueError::Unavailable("gone".into()))).await.unwrap();
-    let problem = async || fixture.manager.status().remove(0).problem;
-    while problem().await.is_none() {
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
+    let problem = || fixture.manager.status().remove(0).problem;
+    come_true(|| problem().is_some()).await;
     assert!(!connected() && fixture.reader.current(&id("web")).is_some(), "what is held goes on");
     web.borrow_and_update();
     sender.send(renewed()).await.unwrap();
     web.changed().await.unwrap();
-    assert!(connected() && problem().await.is_none());
+    assert!(connected() && problem().is_none());
 
     // One identity alone: told, and asked for again soon.
     let failed = Update::Failed { id: id("web"), error: IssueError::Denied("taken away".into()) };
     sender.send(Ok(failed)).await.unwrap();
     web.borrow_and_update();
     web.changed().await.unwrap();
-    assert!(issuer.calls.load(Ordering::SeqCst) >= 2 && problem().await.is_none());
+    assert!(issuer.calls.load(Ordering::SeqCst) >= 2 && problem().is_none());
     fixture.stop().await;
 }
