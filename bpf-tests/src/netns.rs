@@ -2,14 +2,17 @@
 
 use std::{
     fs::File,
-    net::IpAddr,
+    io,
+    net::{IpAddr, SocketAddr},
     os::fd::{AsFd, AsRawFd as _, BorrowedFd},
     process::Command,
     thread,
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 use nix::sched::{CloneFlags, setns, unshare};
+use socket2::{Domain, Socket, Type};
 
 /// `SO_NETNS_COOKIE` (linux 5.14).
 const SO_NETNS_COOKIE: libc::c_int = 71;
@@ -78,6 +81,18 @@ impl Netns {
                 .join()
         });
         result.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    }
+
+    /// Connects inside from an address of it, at any port; what connect says is the inner result.
+    ///
+    /// # Errors
+    /// The address is not of this namespace.
+    pub fn dial_from(&self, from: IpAddr, to: SocketAddr) -> Result<io::Result<Socket>> {
+        self.run(|| {
+            let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
+            socket.bind(&SocketAddr::new(from, 0).into())?;
+            Ok(socket.connect_timeout(&to.into(), Duration::from_secs(5)).map(|()| socket))
+        })
     }
 }
 

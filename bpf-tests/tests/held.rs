@@ -99,11 +99,7 @@ fn nobody_reaches_it() {
         for flags in [info::ENROLLED | info::LOCAL | info::SHORTCUT_OK, 0] {
             world.maps().describe(client, PEER, flags).unwrap();
             world.maps().describe(family.own, OWN, info::ENROLLED | info::LOCAL | info::SHORTCUT_OK).unwrap();
-            let dialled = world.netns.run(|| {
-                let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
-                socket.bind(&SocketAddr::new(client, 0).into())?;
-                Ok(socket.connect_timeout(&to.into(), Duration::from_secs(5)))
-            });
+            let dialled = world.netns.dial_from(client, to);
             assert_eq!(dialled.unwrap().expect_err("closed").kind(), ErrorKind::ConnectionRefused);
             let told = world.maps().events().unwrap();
             assert_eq!(

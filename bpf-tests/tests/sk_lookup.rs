@@ -10,11 +10,9 @@
 use std::{
     io::ErrorKind,
     net::{IpAddr, SocketAddr, TcpListener},
-    time::Duration,
 };
 
 use aya::Ebpf;
-use socket2::{Domain, Socket, Type};
 use weft_bpf_tests::{
     attach::attach_sk_lookup,
     load,
@@ -93,15 +91,7 @@ impl World {
 
     /// Connects and says where it arrived.
     fn dial(&self, from: IpAddr, to: SocketAddr) -> Arrived {
-        let result = self
-            .netns
-            .run(|| {
-                let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
-                socket.bind(&SocketAddr::new(from, 0).into())?;
-                Ok(socket.connect_timeout(&to.into(), Duration::from_secs(5)).map(|()| socket))
-            })
-            .unwrap();
-        let client = match result {
+        let client = match self.netns.dial_from(from, to).unwrap() {
             Ok(client) => client,
             Err(error) => {
                 assert_eq!(error.kind(), ErrorKind::ConnectionRefused, "{from} to {to}: {error}");

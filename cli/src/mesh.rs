@@ -34,6 +34,11 @@ use crate::{
 /// Whom the token is for, and of which ServiceAccount it is.
 const AUDIENCE: &str = "weft-observer";
 pub(crate) const VIEWER: &str = "weft-viewer";
+/// The Role of the way to the operator, and the ClusterRole that lets a namespace's ServiceAccount see its flows.
+const CONNECT: &str = "weft-connect";
+const FLOWS: &str = "weft-flows-viewer";
+/// The header that asks for the flows of one namespace.
+const NAMESPACE: &str = "weft-namespace";
 /// The operator's port, and the name in its certificate.
 const PORT: u16 = 15012;
 const SERVER_NAME: &str = "weft-operator";
@@ -50,7 +55,14 @@ const MAX_ANSWER: usize = 256 << 20;
 pub(crate) struct Replica {
     pub(crate) name: String,
     channel: Channel,
+    pass: Pass,
+}
+
+/// The right to see flows: of one namespace where that is named, otherwise of all.
+#[derive(Clone)]
+struct Pass {
     token: MetadataValue<Ascii>,
+    namespace: Option<MetadataValue<Ascii>>,
 }
 
 /// The operator's replicas that answer, and what is wrong with the others.
@@ -71,19 +83,24 @@ pub(crate) struct States {
 }
 
 impl Mesh {
-    /// Connects to every ready replica.
+    /// Connects to every ready replica, as who may see everything.
     pub(crate) async fn open(cluster: &Cluster) -> Result<Self, Failure> {
-        let (bundle, token, pods) = tokio::join!(bundle(cluster), token(cluster), pods(cluster));
-        let (bundle, token, pods) = (bundle?, token?, pods?);
+        Self::open_for(cluster, None).await
+    }
+
+    /// Connects to every ready replica to see the flows of a namespace, or everything.
+    pub(crate) async fn open_for(cluster: &Cluster, namespace: Option<&str>) -> Result<Self, Failure> {
+        let (pass, bundle, pods) = tokio::join!(pass(cluster, namespace), bundle(cluster), pods(cluster));
+        let (pass, bundle, pods) = (pass?, bundle?, pods?);
         let (ready, waiting): (Vec<_>, Vec<_>) = pods
             .iter()
             .filter(|p| labelled(p, "weft-operator"))
             .partition(|p| is_ready(p) && p.metadata.deletion_timestamp.is_none());
         let opened = ready.iter().filter_map(|p| p.metadata.name.clone()).map(|name| {
-            let (bundle, token) = (&bundle, &token);
+            let (bundle, pass) = (&bundle, &pass);
             async move {
                 let channel = forward(cluster, &name, bundle).await;
-                channel.map(|channel| Replica { name: name.clone(), channel, token: token.clone() })
+                channel.map(|channel| Replica { name: name.clone(), channel, pass: pass.clone() })
             }
         });
         let (mut replicas, mut problems) = (Vec::new(), Vec::new());
@@ -153,7 +170,10 @@ impl Mesh {
 impl Replica {
     fn request<T>(&self, message: T) -> Request<T> {
         let mut request = Request::new(message);
-        request.metadata_mut().insert("authorization", self.token.clone());
+        request.metadata_mut().insert("authorization", self.pass.token.clone());
+        if let Some(namespace) = &self.pass.namespace {
+            request.metadata_mut().insert(NAMESPACE, namespace.clone());
+        }
         request
     }
 
@@ -180,7 +200,7 @@ impl Replica {
 async fn bundle(cluster: &Cluster) -> Result<String, Failure> {
     let maps: Api<ConfigMap> = Api::namespaced(cluster.client.clone(), SYSTEM);
     let what = "the trust bundle (ConfigMap weft-trust-bundle)";
-    let map = maps.get_opt("weft-trust-bundle").await.map_err(|e| cluster.failed(what, &e))?;
+    let map = maps.get_opt("weft-trust-bundle").await.map_err(|e| unread(cluster, what, &e))?;
     map.and_then(|m| m.data?.remove("bundle.pem")).ok_or_else(|| {
         Failure::Unable(format!(
             "there is no trust bundle in {SYSTEM}: is Weft installed, and does its operator run? run `weft check`"
@@ -188,8 +208,69 @@ async fn bundle(cluster: &Cluster) -> Result<String, Failure> {
     })
 }
 
-async fn token(cluster: &Cluster) -> Result<MetadataValue<Ascii>, Failure> {
-    let accounts: Api<ServiceAccount> = Api::namespaced(cluster.client.clone(), SYSTEM);
+/// What everybody who asks the operator reads was not given.
+fn unread(cluster: &Cluster, what: &str, error: &kube::Error) -> Failure {
+    match cluster.failed(what, error) {
+        Failure::Unable(why) if is(error, 403) => Failure::Unable(format!(
+            "{why}; the way to the operator is for whom the Role {CONNECT} is bound to: kubectl -n {SYSTEM} create rolebinding \
+             NAME --role={CONNECT} --user=YOU"
+        )),
+        other => other,
+    }
+}
+
+fn is(error: &kube::Error, code: u16) -> bool {
+    matches!(error, kube::Error::Api(status) if status.code == code)
+}
+
+/// The right to see everything; where the caller has none and asks for one namespace, for that one.
+async fn pass(cluster: &Cluster, namespace: Option<&str>) -> Result<Pass, Failure> {
+    let all = match token(cluster, SYSTEM).await {
+        Ok(token) => return Ok(Pass { token: header(&token)?, namespace: None }),
+        Err(error) => error,
+    };
+    match namespace {
+        Some(namespace) if is(&all, 403) => match token(cluster, namespace).await {
+            Ok(token) => {
+                let name = namespace.parse();
+                let name = name.map_err(|_| Failure::Usage(format!("{namespace:?} is no namespace")))?;
+                Ok(Pass { token: header(&token)?, namespace: Some(name) })
+            }
+            Err(error) if is(&error, 403) || is(&error, 404) => {
+                Err(refused(cluster, &error, Some(namespace)))
+            }
+            Err(error) => Err(refused(cluster, &error, None)),
+        },
+        _ => Err(refused(cluster, &all, None)),
+    }
+}
+
+/// Why there is no token, and whom to ask for what.
+fn refused(cluster: &Cluster, error: &kube::Error, namespace: Option<&str>) -> Failure {
+    let why = cluster.why(error);
+    Failure::Unable(match namespace {
+        Some(namespace) => format!(
+            "you may not see the flows of namespace {namespace}: {why}; ask an administrator for: \
+             kubectl -n {namespace} create serviceaccount {VIEWER}; \
+             kubectl -n {namespace} create rolebinding {VIEWER} --clusterrole={FLOWS} \
+             --serviceaccount={namespace}:{VIEWER} --user=YOU; \
+             kubectl -n {SYSTEM} create rolebinding NAME --role={CONNECT} --user=YOU"
+        ),
+        None if is(error, 403) => format!(
+            "you may not see the whole mesh: {why}; ask an administrator for: \
+             kubectl -n {SYSTEM} create rolebinding NAME --role={VIEWER} --user=YOU; \
+             the flows of one namespace need less: weft observe -n NAMESPACE"
+        ),
+        None if is(error, 404) => {
+            format!("no token of ServiceAccount {VIEWER}: {why}; is Weft installed? run `weft check`")
+        }
+        None => format!("no token of ServiceAccount {VIEWER}: {why}"),
+    })
+}
+
+/// A token of the viewers' ServiceAccount in a namespace.
+async fn token(cluster: &Cluster, namespace: &str) -> Result<String, kube::Error> {
+    let accounts: Api<ServiceAccount> = Api::namespaced(cluster.client.clone(), namespace);
     let request = TokenRequest {
         spec: TokenRequestSpec {
             audiences: vec![AUDIENCE.into()],
@@ -198,18 +279,11 @@ async fn token(cluster: &Cluster) -> Result<MetadataValue<Ascii>, Failure> {
         },
         ..TokenRequest::default()
     };
-    let made = accounts.create_token_request(VIEWER, &PostParams::default(), &request).await;
-    let made = made.map_err(|e| {
-        let hint = match &e {
-            kube::Error::Api(status) if status.code == 403 => format!(
-                "; flows are for whom the Role {VIEWER} is bound to: kubectl -n {SYSTEM} create rolebinding NAME --role={VIEWER} --user=YOU"
-            ),
-            kube::Error::Api(status) if status.code == 404 => "; is Weft installed? run `weft check`".into(),
-            _ => String::new(),
-        };
-        Failure::Unable(format!("no token of ServiceAccount {VIEWER}: {}{hint}", cluster.why(&e)))
-    })?;
-    let token = made.status.map(|s| s.token).unwrap_or_default();
+    let made = accounts.create_token_request(VIEWER, &PostParams::default(), &request).await?;
+    Ok(made.status.map(|s| s.token).unwrap_or_default())
+}
+
+fn header(token: &str) -> Result<MetadataValue<Ascii>, Failure> {
     let mut header: MetadataValue<Ascii> = format!("Bearer {token}")
         .parse()
         .map_err(|_| Failure::Unable("the API server made a token that cannot be sent".into()))?;
@@ -222,7 +296,7 @@ async fn pods(cluster: &Cluster) -> Result<Vec<Pod>, Failure> {
     let pods: Api<Pod> = Api::namespaced(cluster.client.clone(), SYSTEM);
     let params = ListParams::default().labels("app.kubernetes.io/part-of=weft");
     let found = pods.list(&params).await;
-    found.map(|list| list.items).map_err(|e| cluster.failed("the Pods of Weft", &e))
+    found.map(|list| list.items).map_err(|e| unread(cluster, "the Pods of Weft", &e))
 }
 
 pub(crate) fn labelled(pod: &Pod, name: &str) -> bool {
@@ -256,3 +330,6 @@ async fn forward(cluster: &Cluster, pod: &str, bundle: &str) -> Result<Channel, 
         Err(_) => Err(format!("operator {pod}: no connection within {} s", CONNECT_TIMEOUT.as_secs())),
     }
 }
+
+#[cfg(test)]
+mod tests;

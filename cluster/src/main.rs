@@ -93,6 +93,9 @@ enum Action {
         /// Where the archives go
         #[arg(long, value_name = "DIR")]
         save: PathBuf,
+        /// Push them to their registry, too
+        #[arg(long)]
+        push: bool,
     },
     /// Run programs on Debian's kernels in virtual machines (`cargo xtask test --tier 8` calls this)
     Kernels {
@@ -217,11 +220,12 @@ fn run(action: Action) -> Result<()> {
             let cluster = which.open()?;
             images.iter().try_for_each(|image| cluster.load(image))
         }
-        Action::Images { programs, registry, tag, save } => {
-            for (name, path) in product::save(&programs, &registry, &tag, &save)? {
+        Action::Images { programs, registry, tag, save, push } => {
+            let saved = product::save(&programs, &registry, &tag, &save)?;
+            for (name, path) in &saved {
                 say(&format!("{name}  {}", path.display()));
             }
-            Ok(())
+            if push { product::push(&saved, &say) } else { Ok(()) }
         }
         Action::Kernels { fetch: true, .. } => vm::fetch(&say),
         Action::Kernels { fetch: false, runs } => {

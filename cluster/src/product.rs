@@ -1,10 +1,14 @@
 //! The images of Weft itself: static binaries and nothing else.
 
-use std::path::{Path, PathBuf};
+use std::{
+    net::IpAddr,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 
-use crate::image::Image;
+use crate::{image::Image, sh};
 
 /// Each image, the user that it runs as, what it is, and what it holds beside its own program.
 const IMAGES: [(&str, &str, &str, &[&str]); 2] = [
@@ -56,4 +60,62 @@ pub fn save(programs: &Path, registry: &str, tag: &str, folder: &Path) -> Result
         saved.push((image.name().to_owned(), path));
     }
     Ok(saved)
+}
+
+/// Uploads archives to where their names say. Registries differ in how one logs in: the tools that people have
+/// configured for theirs do it.
+///
+/// # Errors
+/// When there is no such tool, or the registry refuses.
+pub fn push(saved: &[(String, PathBuf)], say: &dyn Fn(&str)) -> Result<()> {
+    for (name, archive) in saved {
+        let mut tool = if let Some(skopeo) = sh::which("skopeo") {
+            let mut skopeo = Command::new(skopeo);
+            // Without TLS, as crane and the container engines do it too.
+            let plain = on_loopback(name).then_some("--dest-tls-verify=false");
+            skopeo.arg("copy").args(plain).arg(format!("oci-archive:{}", archive.display()));
+            skopeo.arg(format!("docker://{name}"));
+            skopeo
+        } else if let Some(crane) = sh::which("crane") {
+            let mut crane = Command::new(crane);
+            crane.arg("push").arg(archive).arg(name);
+            crane
+        } else {
+            bail!(
+                "neither skopeo nor crane is here to push {name}; install one (`apt-get install skopeo`), or take the \
+                 archive {}",
+                archive.display()
+            );
+        };
+        sh::output(&mut tool, None).with_context(|| format!("push {name}"))?;
+        say(&format!("pushed {name}"));
+    }
+    Ok(())
+}
+
+/// Whether an image's registry is on this machine.
+fn on_loopback(name: &str) -> bool {
+    let registry = name.split('/').next().unwrap_or_default();
+    let host = match registry.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
+        Some((address, _)) => address,
+        None => registry.split(':').next().unwrap_or_default(),
+    };
+    host == "localhost" || host.parse().is_ok_and(|address: IpAddr| address.is_loopback())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_registry_of_this_machine_is_on_loopback() {
+        for name in ["localhost:5000/weft/a:1", "127.0.0.1:5000/a:1", "[::1]:5000/a:1", "localhost/a:1"] {
+            assert!(on_loopback(name), "{name}");
+        }
+        for name in
+            ["ghcr.io/weft-mesh/a:1", "10.0.0.1:5000/a:1", "localhost.example.org/a:1", "[fd00::1]/a:1"]
+        {
+            assert!(!on_loopback(name), "{name}");
+        }
+    }
 }

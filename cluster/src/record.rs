@@ -2,7 +2,8 @@
 //! it after a crash.
 
 use std::{
-    env, fs,
+    env,
+    fs::{self, File},
     path::{Path, PathBuf},
 };
 
@@ -38,6 +39,16 @@ pub fn base() -> PathBuf {
     env::var_os("WEFT_CLUSTER_DIR").map_or_else(|| PathBuf::from("/var/tmp/weft-cluster"), PathBuf::from)
 }
 
+/// Held while records come and go: another process neither sweeps the same cluster meanwhile nor takes the folder of
+/// all clusters away.
+fn alone() -> Result<File> {
+    let base = base();
+    let parent = base.parent().filter(|parent| parent.is_dir()).unwrap_or_else(|| Path::new("/"));
+    let lock = File::open(parent).with_context(|| format!("open {}", parent.display()))?;
+    lock.lock().with_context(|| format!("lock {}", parent.display()))?;
+    Ok(lock)
+}
+
 impl Record {
     /// A new one of this process. Its folder is made.
     ///
@@ -66,6 +77,7 @@ impl Record {
                 folder.display()
             );
         }
+        let _alone = alone()?;
         fs::create_dir_all(base()).with_context(|| format!("make {}; is this root?", base().display()))?;
         match fs::create_dir(&folder) {
             Ok(()) => record.save()?,
@@ -107,9 +119,10 @@ impl Record {
     /// # Errors
     /// When something stays.
     pub fn sweep(say: &dyn Fn(&str)) -> Result<()> {
+        let _alone = alone()?;
         for record in Self::all().iter().filter(|record| record.abandoned()) {
             say(&format!("removing the cluster {}, whose process is gone", record.name));
-            record.remove()?;
+            record.clear()?;
         }
         Ok(())
     }
@@ -144,6 +157,14 @@ impl Record {
     /// # Errors
     /// Names what stayed.
     pub fn remove(&self) -> Result<()> {
+        self.clear()?;
+        let _alone = alone()?;
+        // Gone with the last cluster; while others stand it is not empty, which is fine.
+        let _ = fs::remove_dir(base());
+        Ok(())
+    }
+
+    fn clear(&self) -> Result<()> {
         Hierarchies::find()?.remove(&self.group())?;
         for netns in self.netns() {
             net::remove(&netns)?;
@@ -152,8 +173,6 @@ impl Record {
         if folder.exists() {
             fs::remove_dir_all(&folder).with_context(|| format!("remove {}", folder.display()))?;
         }
-        // Gone with the last cluster; while others stand it is not empty, which is fine.
-        let _ = fs::remove_dir(base());
         let left = self.left()?;
         if !left.is_empty() {
             bail!("still there: {}", left.join(", "));

@@ -20,6 +20,7 @@ use serde_json::Value;
 pub mod attack;
 pub mod calls;
 pub mod grpc;
+pub mod resolve;
 pub mod serve;
 pub mod server;
 pub mod tunnel;
@@ -78,6 +79,8 @@ pub enum App {
     Serve(serve::Serve),
     /// Asks a gRPC server for its health.
     Health(grpc::Health),
+    /// Asks name servers for addresses.
+    Resolve(resolve::Resolve),
 }
 
 impl App {
@@ -107,6 +110,7 @@ impl App {
             Self::Clock(clock) => clock.run(),
             Self::Serve(serve) => serve.run(),
             Self::Health(health) => health.run(),
+            Self::Resolve(resolve) => resolve.run(),
         }
     }
 }

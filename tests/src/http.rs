@@ -76,13 +76,24 @@ impl Request {
     }
 }
 
+/// The name in an `address:port` has no address: nothing was dialled.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Lookup(String);
+
+impl std::fmt::Display for Lookup {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "look up {}", self.0)
+    }
+}
+
 /// Dials with a timeout that also bounds each read and write.
 ///
 /// # Errors
-/// What connect says.
+/// [`Lookup`] as the context of what the resolver says, or what connect says.
 pub fn dial(address: &str, timeout: Duration) -> Result<TcpStream> {
-    let address: SocketAddr =
-        address.to_socket_addrs()?.next().with_context(|| format!("no address in {address}"))?;
+    let lookup = || Lookup(address.to_owned());
+    let mut found = address.to_socket_addrs().with_context(lookup)?;
+    let address: SocketAddr = found.next().context("no address").with_context(lookup)?;
     let stream = TcpStream::connect_timeout(&address, timeout)?;
     stream.set_read_timeout(Some(timeout))?;
     stream.set_write_timeout(Some(timeout))?;

@@ -11,6 +11,7 @@ pub mod http;
 pub mod interrupt;
 pub mod lab;
 pub mod long;
+pub mod manifest;
 pub mod mesh;
 pub mod metrics;
 pub mod observe;

@@ -12,6 +12,8 @@ use weft_cluster::{Cluster, Node, Options, image::Image, parts::debian};
 
 use crate::{capture::Capture, wait};
 
+mod names;
+
 /// How long anything on a cluster may take.
 pub const PATIENCE: Duration = Duration::from_secs(240);
 /// The web server's image; see [`Mesh::up`].
@@ -275,6 +277,32 @@ impl Mesh {
         let label = "app.kubernetes.io/name=weft-agent";
         let names = self.cluster.kubectl(&["-n", SYSTEM, "get", "pods", "-l", label, "-o", path])?;
         Ok(names.split_whitespace().map(str::to_owned).collect())
+    }
+
+    /// Lets the agents run on no node, or on every node again, and waits for it.
+    ///
+    /// # Errors
+    /// When it does not come.
+    pub fn run_agents(&self, run: bool) -> Result<()> {
+        self.place_agents(if run { "null" } else { "{\"weft.mesh/nowhere\":\"true\"}" })?;
+        if run {
+            return self.rolled_out().with_context(|| self.diagnose());
+        }
+        self.eventually("the end of the agents", || {
+            let left = self.agents()?;
+            ensure!(left.is_empty(), "{left:?} run");
+            Ok(())
+        })
+    }
+
+    /// Sets on which nodes the agents run; `selector` is a node selector in JSON, `null` is every node.
+    ///
+    /// # Errors
+    /// When the API server refuses.
+    pub fn place_agents(&self, selector: &str) -> Result<()> {
+        let patch = format!("{{\"spec\":{{\"template\":{{\"spec\":{{\"nodeSelector\":{selector}}}}}}}}}");
+        let words = ["-n", SYSTEM, "patch", "daemonset", "weft-agent", "--type=merge", "-p", &patch];
+        self.cluster.kubectl(&words).map(drop)
     }
 
     /// What a node's agent says of itself, asked at its socket.

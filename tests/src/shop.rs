@@ -141,7 +141,8 @@ pub fn opened(mesh: &Mesh) -> Result<()> {
         wait(&["-n", SHOP, "rollout", "status", part, "--timeout=240s"])?;
     }
     wait(&["-n", SHOP, "wait", "--for=condition=Complete", "job/migrate", "--timeout=240s"])?;
-    mesh.ready(SHOP, &["customer", "analyst"])
+    mesh.ready(SHOP, &["customer", "analyst"])?;
+    mesh.named(SHOP, &["frontend", "api", "redis", "postgres", "quotes"])
 }
 
 /// `address:port` of a Service.

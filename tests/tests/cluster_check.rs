@@ -10,37 +10,27 @@ use anyhow::{Context as _, Result, ensure};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair, KeyUsagePurpose};
 use serde_json::Value;
 use weft_cluster::Options;
-use weft_tests::mesh::{Mesh, NGINX};
+use weft_tests::{
+    manifest::{Pod, namespace, service},
+    mesh::Mesh,
+};
 
 const SYSTEM: &str = "weft-system";
 const SHOP: &str = "shop";
 
 fn documents() -> String {
-    let pod = |namespace: &str, name: &str, node: &str, image: &str, more: &str| {
-        format!(
-            "
-apiVersion: v1
-kind: Pod
-metadata: {{name: {name}, namespace: {namespace}, labels: {{app: {name}}}}}
-spec:
-  nodeName: {node}
-  terminationGracePeriodSeconds: 0
-  containers: [{{name: c, image: '{image}', imagePullPolicy: IfNotPresent, {more}}}]
-"
-        )
-    };
-    let sleep = "command: [sleep, infinity]";
     [
-        format!("{{apiVersion: v1, kind: Namespace, metadata: {{name: {SHOP}, labels: {{weft.mesh/mode: permissive}}}}}}\n"),
-        "{apiVersion: v1, kind: Namespace, metadata: {name: outside}}\n".to_owned(),
-        "{apiVersion: v1, kind: Namespace, metadata: {name: other}}\n".to_owned(),
-        "{apiVersion: node.k8s.io/v1, kind: RuntimeClass, metadata: {name: gvisor}, handler: runsc}\n".to_owned(),
-        pod(SHOP, "web", "node2", NGINX, "ports: [{containerPort: 80}]"),
-        pod(SHOP, "client", "node1", "busybox:1", sleep),
-        pod("outside", "client", "node1", "busybox:1", sleep),
-        format!("{{apiVersion: v1, kind: Service, metadata: {{name: web, namespace: {SHOP}}}, spec: {{selector: {{app: web}}, ports: [{{port: 80}}]}}}}\n"),
+        namespace(SHOP, Some("permissive")),
+        namespace("outside", None),
+        namespace("other", None),
+        "---\n{apiVersion: node.k8s.io/v1, kind: RuntimeClass, metadata: {name: gvisor}, handler: runsc}\n"
+            .to_owned(),
+        Pod::nginx(SHOP, "web", "node2").to_string(),
+        Pod::busybox(SHOP, "client", "node1").to_string(),
+        Pod::busybox("outside", "client", "node1").to_string(),
+        service(SHOP, "web", "ports: [{port: 80}]"),
     ]
-    .join("---\n")
+    .concat()
 }
 
 /// What `weft check` shall say.
@@ -115,6 +105,7 @@ fn each_fault_is_found_and_its_remedy_named() -> Result<()> {
     mesh.cluster.apply(&documents())?;
     mesh.ready(SHOP, &["web", "client"])?;
     mesh.ready("outside", &["client"])?;
+    mesh.named(SHOP, &["web"])?;
     mesh.enrolled(SHOP, &["web", "client"], "permissive")?;
     green(&mesh, &[])?;
 
@@ -335,11 +326,7 @@ fn on_nodes(mesh: &Mesh, kubectl: impl Fn(&[&str]) -> Result<()>) -> Result<()> 
     mesh.rolled_out()?;
 
     // A node without an agent.
-    let select = |selector: &str| {
-        let patch = format!("{{\"spec\":{{\"template\":{{\"spec\":{{\"nodeSelector\":{selector}}}}}}}}}");
-        kubectl(&["-n", SYSTEM, "patch", "daemonset", "weft-agent", "--type=merge", "-p", &patch])
-    };
-    select("{\"kubernetes.io/hostname\":\"node1\"}")?;
+    mesh.place_agents("{\"kubernetes.io/hostname\":\"node1\"}")?;
     let bare = Finding {
         level: "error",
         says: "no agent on node2",
@@ -347,8 +334,7 @@ fn on_nodes(mesh: &Mesh, kubectl: impl Fn(&[&str]) -> Result<()>) -> Result<()> 
         remedy: "edit daemonset weft-agent",
     };
     found(mesh, &[], &bare)?;
-    select("null")?;
-    mesh.rolled_out()
+    mesh.run_agents(true)
 }
 
 /// Puts a CA of ten days into the Secret.

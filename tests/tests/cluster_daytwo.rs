@@ -8,7 +8,10 @@ use std::{env, path::PathBuf, thread};
 
 use anyhow::{Context as _, Result, ensure};
 use weft_cluster::{Node, Options, Service, parts::go, product};
-use weft_tests::mesh::{Mesh, NGINX};
+use weft_tests::{
+    manifest::{Pod, namespace, service},
+    mesh::Mesh,
+};
 
 const SYSTEM: &str = "weft-system";
 const SHOP: &str = "shop";
@@ -16,29 +19,13 @@ const CANARY: &str = "weft-canary-d2a7";
 const URL: &str = "http://web.shop.svc.cluster.local/";
 
 fn documents() -> String {
-    format!(
-        "
-{{apiVersion: v1, kind: Namespace, metadata: {{name: {SHOP}}}}}
----
-apiVersion: v1
-kind: Pod
-metadata: {{name: web, namespace: {SHOP}, labels: {{app: web}}}}
-spec:
-  nodeName: node2
-  terminationGracePeriodSeconds: 0
-  containers: [{{name: c, image: {NGINX}, imagePullPolicy: IfNotPresent, ports: [{{containerPort: 80}}]}}]
----
-{{apiVersion: v1, kind: Service, metadata: {{name: web, namespace: {SHOP}}}, spec: {{selector: {{app: web}}, ports: [{{port: 80}}]}}}}
----
-apiVersion: v1
-kind: Pod
-metadata: {{name: client, namespace: {SHOP}}}
-spec:
-  nodeName: node1
-  terminationGracePeriodSeconds: 0
-  containers: [{{name: c, image: 'busybox:1', command: [sleep, infinity]}}]
-"
-    )
+    [
+        namespace(SHOP, None),
+        Pod::nginx(SHOP, "web", "node2").to_string(),
+        service(SHOP, "web", "ports: [{port: 80}]"),
+        Pod::busybox(SHOP, "client", "node1").to_string(),
+    ]
+    .concat()
 }
 
 fn programs() -> Result<PathBuf> {
@@ -133,6 +120,7 @@ fn installed_upgraded_rolled_back_and_removed() -> Result<()> {
     helm(&mesh, &[&words[..], &["image.registry=registry.test/weft,image.tag=test"]].concat())?;
     mesh.rolled_out().with_context(|| mesh.diagnose())?;
     mesh.ready(SHOP, &["web", "client"])?;
+    mesh.named(SHOP, &["web"])?;
     mesh.mode(SHOP, "strict")?;
     mesh.enrolled(SHOP, &["web", "client"], "strict")?;
     mesh.eventually("a check without findings", || mesh.weft(&["check"]))?;

@@ -8,7 +8,10 @@ use std::{thread, time::Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use weft_cluster::{Node, Options, Program};
-use weft_tests::mesh::{Mesh, NGINX};
+use weft_tests::{
+    manifest::{Pod, namespace, server},
+    mesh::Mesh,
+};
 
 /// Carried by the calls of strict Pods, and of Pods outside the mesh.
 const CANARY: &str = "weft-canary-4d1e";
@@ -16,63 +19,18 @@ const PLAIN: &str = "plain-canary-4d1e";
 const HELD: &str = "weft: the Pod is held: the namespace shop is strict in the mesh, and Weft's agent does not run on \
                     this node";
 
-fn server(namespace: &str, name: &str, node: &str) -> String {
-    format!(
-        "
-apiVersion: v1
-kind: Pod
-metadata: {{name: {name}, namespace: {namespace}, labels: {{app: {name}}}}}
-spec:
-  nodeName: {node}
-  terminationGracePeriodSeconds: 0
-  containers: [{{name: nginx, image: {NGINX}, imagePullPolicy: IfNotPresent, ports: [{{containerPort: 80}}]}}]
----
-apiVersion: v1
-kind: Service
-metadata: {{name: {name}, namespace: {namespace}}}
-spec: {{selector: {{app: {name}}}, ports: [{{port: 80, appProtocol: http}}]}}
-"
-    )
-}
-
 /// A Pod that calls the server of its namespace from its first moment on.
 fn client(namespace: &str, canary: &str) -> String {
     let script = format!(
         "while true; do wget -T 2 -qO /dev/null --header \"x-canary: {canary}\" http://web.{namespace}.svc.cluster.local/; \
          sleep 0.2; done"
     );
-    format!(
-        "
-apiVersion: v1
-kind: Pod
-metadata: {{name: client, namespace: {namespace}}}
-spec:
-  nodeName: node1
-  terminationGracePeriodSeconds: 0
-  containers: [{{name: c, image: 'busybox:1', command: [sh, -c, {script:?}]}}]
-"
-    )
+    Pod::script(namespace, "client", "node1", &script).to_string()
 }
 
 fn call(mesh: &Mesh, namespace: &str, server: &str) -> Result<String> {
     let header = format!("x-canary: {}", if namespace == "shop" { CANARY } else { PLAIN });
     mesh.fetch(namespace, "client", &format!("http://{server}.svc.cluster.local/"), &[&header])
-}
-
-/// Lets the agents run on no node, or on every node again.
-fn agents(mesh: &Mesh, run: bool) -> Result<()> {
-    let selector = if run { "null" } else { "{\"weft.mesh/nowhere\":\"true\"}" };
-    let patch = format!("{{\"spec\":{{\"template\":{{\"spec\":{{\"nodeSelector\":{selector}}}}}}}}}");
-    let words = ["-n", "weft-system", "patch", "daemonset", "weft-agent", "--type=merge", "-p", &patch];
-    mesh.cluster.kubectl(&words)?;
-    if run {
-        return mesh.rolled_out().with_context(|| mesh.diagnose());
-    }
-    mesh.eventually("the end of the agents", || {
-        let left = mesh.agents()?;
-        ensure!(left.is_empty(), "{left:?} run");
-        Ok(())
-    })
 }
 
 /// Waits until the node holds Pods by itself: plugin, chain, and the list with `shop` in it.
@@ -136,6 +94,9 @@ fn stop_knocking(mesh: &Mesh) -> Result<()> {
 /// Both namespaces work as they should, and nothing readable of the strict one passes the wire.
 fn all_is_well(mesh: &Mesh) -> Result<()> {
     mesh.enrolled("shop", &["web", "client", "late"], "strict")?;
+    for namespace in ["shop", "outside"] {
+        mesh.named(namespace, &["web", "late"])?;
+    }
     mesh.eventually("a call through the mesh", || call(mesh, "shop", "web.shop"))?;
     mesh.eventually("a call outside the mesh", || call(mesh, "outside", "web.outside"))?;
     let capture = mesh.capture(1)?;
@@ -159,18 +120,17 @@ fn restarts(mesh: &Mesh, namespace: &str, pod: &str) -> Result<u32> {
 #[test]
 fn no_strict_pod_starts_where_nobody_judges_it() -> Result<()> {
     let mesh = Mesh::up(Options::default())?;
-    let namespaces = "{apiVersion: v1, kind: Namespace, metadata: {name: shop, labels: {weft.mesh/mode: strict}}}\n---\n\
-        {apiVersion: v1, kind: Namespace, metadata: {name: outside}}\n";
-    mesh.cluster.apply(namespaces)?;
+    mesh.cluster.apply(&[namespace("shop", Some("strict")), namespace("outside", None)].concat())?;
     let documents = [
         server("shop", "web", "node2"),
         client("shop", CANARY),
         server("outside", "web", "node2"),
         client("outside", PLAIN),
     ];
-    mesh.cluster.apply(&documents.join("---\n"))?;
+    mesh.cluster.apply(&documents.concat())?;
     for namespace in ["shop", "outside"] {
         mesh.ready(namespace, &["web", "client"])?;
+        mesh.named(namespace, &["web"])?;
     }
     mesh.enrolled("shop", &["web", "client"], "strict")?;
     mesh.eventually("a call through the mesh", || call(&mesh, "shop", "web.shop"))?;
@@ -179,10 +139,13 @@ fn no_strict_pod_starts_where_nobody_judges_it() -> Result<()> {
     }
 
     thread::scope(|scope| -> Result<()> {
-        agents(&mesh, false)?;
+        mesh.run_agents(false)?;
         let capture = mesh.capture(1)?;
         mesh.cluster
-            .apply(&[server("shop", "late", "node1"), server("outside", "late", "node1")].join("---\n"))?;
+            .apply(&[server("shop", "late", "node1"), server("outside", "late", "node1")].concat())?;
+        for namespace in ["shop", "outside"] {
+            mesh.named(namespace, &["late"])?;
+        }
         let knocking = scope.spawn(|| knock(&mesh));
         let outcome = (|| {
             held(&mesh, "late", &mesh.cluster.node(1))?;
@@ -190,7 +153,7 @@ fn no_strict_pod_starts_where_nobody_judges_it() -> Result<()> {
             mesh.eventually("a call to it", || call(&mesh, "outside", "late.outside"))?;
             reboot(&mesh)?;
             let away = Instant::now();
-            agents(&mesh, true)?;
+            mesh.run_agents(true)?;
             mesh.ready("shop", &["web", "late"]).context("after the agents' return")?;
             println!("{:.1} s from the agents' return to Ready strict Pods", away.elapsed().as_secs_f64());
             all_is_well(&mesh)

@@ -11,76 +11,26 @@ use anyhow::{Context as _, Result, ensure};
 use weft_cluster::{Cni, Options, ProxyMode, Service};
 use weft_tests::{
     long::Long,
-    mesh::{Mesh, NGINX},
+    manifest::{Pod, catalog, namespace, server},
+    mesh::Mesh,
 };
 
 const CANARY: &str = "weft-canary-52ce";
+const NAMESPACES: [&str; 3] = ["shop", "later", "outside"];
 /// What "at once" is on a machine that runs two nodes on two cores.
 const AT_ONCE: Duration = Duration::from_secs(20);
 
-fn server(namespace: &str, name: &str, node: &str) -> String {
-    format!(
-        "
-apiVersion: v1
-kind: Pod
-metadata: {{name: {name}, namespace: {namespace}, labels: {{app: {name}}}}}
-spec:
-  nodeName: {node}
-  terminationGracePeriodSeconds: 0
-  containers:
-  - name: nginx
-    image: {NGINX}
-    imagePullPolicy: IfNotPresent
-    ports: [{{containerPort: 80}}]
-    readinessProbe: {{httpGet: {{path: /healthz, port: 80}}, periodSeconds: 1}}
----
-apiVersion: v1
-kind: Service
-metadata: {{name: {name}, namespace: {namespace}}}
-spec: {{selector: {{app: {name}}}, ipFamilyPolicy: PreferDualStack, ports: [{{port: 80, appProtocol: http}}]}}
-"
-    )
-}
-
-fn client(namespace: &str, name: &str) -> String {
-    format!(
-        "
-apiVersion: v1
-kind: Pod
-metadata: {{name: {name}, namespace: {namespace}}}
-spec:
-  nodeName: node1
-  terminationGracePeriodSeconds: 0
-  containers: [{{name: c, image: 'busybox:1', command: [sleep, infinity]}}]
-"
-    )
-}
-
 /// Namespaces `shop` and `later`, which come into the mesh, and `outside`, which does not.
 fn everything() -> String {
-    let mut documents: Vec<String> = ["shop", "later", "outside"]
-        .map(|name| format!("{{apiVersion: v1, kind: Namespace, metadata: {{name: {name}}}}}\n"))
-        .into();
-    for namespace in ["shop", "later", "outside"] {
-        documents.push(server(namespace, "web", "node2"));
-        documents.push(client(namespace, "client"));
+    let mut documents: Vec<String> = Vec::new();
+    for name in NAMESPACES {
+        documents.push(namespace(name, None));
+        documents.push(server(name, "web", "node2"));
+        documents.push(Pod::busybox(name, "client", "node1").to_string());
     }
     documents.push(server("shop", "near", "node1"));
-    documents.join("---\n")
+    documents.concat()
 }
-
-const POLICY: &str = "
-apiVersion: weft.mesh/v1alpha1
-kind: AuthorizationPolicy
-metadata: {name: web-callers, namespace: shop}
-spec:
-  targetRefs: [{group: '', kind: Pod, selector: {matchLabels: {app: web}}}]
-  action: ALLOW
-  rules:
-  - sources: [{type: ServiceAccount, serviceAccount: {name: default}}]
-    networkAttributes: {ports: [80]}
-    http: [{methods: [GET], paths: [{type: PathPrefix, value: /catalog}]}]
-";
 
 /// As a CNI would enforce it, were there one that does.
 const NETWORK_POLICY: &str = "
@@ -256,7 +206,7 @@ fn the_runtime_restarts(mesh: &Mesh) -> Result<()> {
     node.stop_service(Service::Containerd)?;
     node.start_service(Service::Containerd)?;
     mesh.eventually("the runtime's answers", || near.goes_on())?;
-    mesh.cluster.apply(&client("shop", "late"))?;
+    mesh.cluster.apply(&Pod::busybox("shop", "late", "node1").to_string())?;
     mesh.ready("shop", &["late"])?;
     mesh.enrolled("shop", &["late"], "strict")?;
     let capture = mesh.capture(1)?;
@@ -280,9 +230,12 @@ fn routed_pods_of_two_families_behind_iptables() -> Result<()> {
         ..Options::default()
     })?;
     mesh.cluster.apply(&everything())?;
-    mesh.ready("shop", &["client", "web", "near"])?;
-    mesh.ready("later", &["client", "web"])?;
-    mesh.ready("outside", &["client", "web"])?;
+    for name in NAMESPACES {
+        mesh.ready(name, &["client", "web"])?;
+        mesh.named(name, &["web"])?;
+    }
+    mesh.ready("shop", &["near"])?;
+    mesh.named("shop", &["near"])?;
     ensure!(readable(&mesh, "")? > 0, "without the mesh the capture sees the canary");
 
     connections_from_before_end(&mesh)?;
@@ -290,7 +243,7 @@ fn routed_pods_of_two_families_behind_iptables() -> Result<()> {
     refused(&mesh, "outside")?;
     mesh.ready("shop", &["web", "near"]).context("the kubelet's probes reach strict Pods")?;
 
-    mesh.cluster.apply(POLICY)?;
+    mesh.cluster.apply(&catalog("default"))?;
     mesh.programmed("shop", "web-callers")?;
     for host in ways(&mesh)?.iter().take(5) {
         call(&mesh, "shop", "client", host, "catalog/shoes")?;

@@ -7,7 +7,10 @@
 
 use anyhow::{Context as _, Result, ensure};
 use weft_cluster::{Options, Service};
-use weft_tests::mesh::{Mesh, NGINX};
+use weft_tests::{
+    manifest::{Pod, catalog, namespace, service},
+    mesh::Mesh,
+};
 
 const CANARY: &str = "weft-canary-c0de";
 /// Addresses of Services that kube-proxy never hears of: only the foreign programs, or Weft, lead to their Pods.
@@ -15,54 +18,9 @@ const WEB: &str = "10.96.77.1";
 const OUT: &str = "10.96.77.2";
 
 fn server(namespace: &str, address: &str) -> String {
-    format!(
-        "
-apiVersion: v1
-kind: Pod
-metadata: {{name: web, namespace: {namespace}, labels: {{app: web}}}}
-spec:
-  nodeName: node2
-  terminationGracePeriodSeconds: 0
-  containers:
-  - name: nginx
-    image: {NGINX}
-    imagePullPolicy: IfNotPresent
-    readinessProbe: {{httpGet: {{path: /healthz, port: 80}}, periodSeconds: 1}}
----
-apiVersion: v1
-kind: Service
-metadata: {{name: web, namespace: {namespace}}}
-spec: {{selector: {{app: web}}, clusterIP: {address}, ports: [{{port: 80, appProtocol: http}}]}}
-"
-    )
+    let spec = format!("clusterIP: {address}, ports: [{{port: 80, appProtocol: http}}]");
+    format!("{}{}", Pod::nginx(namespace, "web", "node2"), service(namespace, "web", &spec))
 }
-
-fn client(namespace: &str, node: &str) -> String {
-    format!(
-        "
-apiVersion: v1
-kind: Pod
-metadata: {{name: {node}, namespace: {namespace}}}
-spec:
-  nodeName: {node}
-  terminationGracePeriodSeconds: 0
-  containers: [{{name: c, image: 'busybox:1', command: [sleep, infinity]}}]
-"
-    )
-}
-
-const POLICY: &str = "
-apiVersion: weft.mesh/v1alpha1
-kind: AuthorizationPolicy
-metadata: {name: web-callers, namespace: shop}
-spec:
-  targetRefs: [{group: '', kind: Pod, selector: {matchLabels: {app: web}}}]
-  action: ALLOW
-  rules:
-  - sources: [{type: ServiceAccount, serviceAccount: {name: default}}]
-    networkAttributes: {ports: [80]}
-    http: [{methods: [GET], paths: [{type: PathPrefix, value: /catalog}]}]
-";
 
 fn call(mesh: &Mesh, namespace: &str, node: &str, host: &str, path: &str) -> Result<String> {
     mesh.fetch(namespace, node, &format!("http://{host}/{path}"), &[&format!("x-canary: {CANARY}")])
@@ -74,14 +32,13 @@ fn beside_a_foreign_load_balancer_at_the_cgroup_root() -> Result<()> {
     for node in mesh.cluster.nodes() {
         node.stop_service(Service::KubeProxy)?;
     }
-    let mut documents: Vec<String> = ["shop", "outside"]
-        .map(|name| format!("{{apiVersion: v1, kind: Namespace, metadata: {{name: {name}}}}}\n"))
-        .into();
-    for (namespace, address) in [("shop", WEB), ("outside", OUT)] {
-        documents.push(server(namespace, address));
-        documents.extend(["node1", "node2"].map(|node| client(namespace, node)));
+    let mut documents: Vec<String> = Vec::new();
+    for (name, address) in [("shop", WEB), ("outside", OUT)] {
+        documents.push(namespace(name, None));
+        documents.push(server(name, address));
+        documents.extend(["node1", "node2"].map(|node| Pod::busybox(name, node, node).to_string()));
     }
-    mesh.cluster.apply(&documents.join("---\n"))?;
+    mesh.cluster.apply(&documents.concat())?;
     for namespace in ["shop", "outside"] {
         mesh.ready(namespace, &["web", "node1", "node2"])?;
     }
@@ -99,10 +56,11 @@ fn beside_a_foreign_load_balancer_at_the_cgroup_root() -> Result<()> {
     }
     mesh.install()?;
     foreign(2)?;
+    mesh.named("shop", &["web"])?;
 
     mesh.mode("shop", "strict")?;
     mesh.enrolled("shop", &["web", "node1", "node2"], "strict")?;
-    mesh.cluster.apply(POLICY)?;
+    mesh.cluster.apply(&catalog("default"))?;
     mesh.programmed("shop", "web-callers")?;
     let web = mesh.field("shop", "pod/web", ".status.podIP")?;
     let hosts = [WEB.to_owned(), web, "web.shop.svc.cluster.local".to_owned()];

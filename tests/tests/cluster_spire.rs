@@ -15,45 +15,15 @@ use weft_cluster::{
     Options,
     spire::{ADMIN_SOCKET, ORGANIZATION, Spire},
 };
-use weft_tests::mesh::{Mesh, NGINX};
+use weft_tests::{
+    manifest::{Pod, account, namespace, service},
+    mesh::Mesh,
+};
 
 const DOMAIN: &str = "cluster.local";
 const CANARY: &str = "weft-canary-5f1e";
 /// SPIRE's agents renew at half of it.
 const LIFE: Duration = Duration::from_secs(50);
-
-const OBJECTS: &str = "
-apiVersion: v1
-kind: Namespace
-metadata: {name: shop, labels: {weft.mesh/mode: strict}}
----
-{apiVersion: v1, kind: ServiceAccount, metadata: {name: web, namespace: shop}}
----
-{apiVersion: v1, kind: ServiceAccount, metadata: {name: client, namespace: shop}}
----
-{apiVersion: v1, kind: ServiceAccount, metadata: {name: odd, namespace: shop}}
----
-apiVersion: v1
-kind: Service
-metadata: {name: web, namespace: shop}
-spec: {selector: {app: web}, ports: [{port: 80, appProtocol: http}]}
-";
-
-fn pod(name: &str, node: &str, container: &str) -> String {
-    format!(
-        "
----
-apiVersion: v1
-kind: Pod
-metadata: {{name: {name}, namespace: shop, labels: {{app: {name}}}}}
-spec:
-  nodeName: {node}
-  serviceAccountName: {name}
-  terminationGracePeriodSeconds: 0
-  containers: [{{name: c, {container}}}]
-"
-    )
-}
 
 fn id(account: &str) -> String {
     format!("spiffe://{DOMAIN}/ns/shop/sa/{account}")
@@ -101,14 +71,17 @@ fn identities_come_from_spire_and_end_with_it() -> Result<()> {
 }
 
 fn story(mesh: &Mesh, spire: &Spire<'_>) -> Result<()> {
+    let own = |pod: Pod, name: &str| format!("{}{}", account("shop", name), pod.account(name));
     let objects = [
-        OBJECTS,
-        &pod("web", "node2", &format!("image: {NGINX}, imagePullPolicy: IfNotPresent")),
-        &pod("client", "node1", "image: 'busybox:1', command: [sleep, infinity]"),
-        &pod("odd", "node1", "image: 'busybox:1', command: [sleep, infinity]"),
+        namespace("shop", Some("strict")),
+        own(Pod::nginx("shop", "web", "node2"), "web"),
+        own(Pod::busybox("shop", "client", "node1"), "client"),
+        own(Pod::busybox("shop", "odd", "node1"), "odd"),
+        service("shop", "web", "ports: [{port: 80, appProtocol: http}]"),
     ];
     mesh.cluster.apply(&objects.concat())?;
     mesh.ready("shop", &["web", "client", "odd"])?;
+    mesh.named("shop", &["web"])?;
     mesh.enrolled("shop", &["web", "client", "odd"], "strict")?;
     mesh.eventually("a call with the operator's identities", || call(mesh))?;
 

@@ -6,7 +6,10 @@
 
 use anyhow::{Context as _, Result, ensure};
 use weft_cluster::Options;
-use weft_tests::mesh::{Mesh, NGINX};
+use weft_tests::{
+    manifest::{Pod, account, catalog, namespace, service},
+    mesh::{Mesh, NGINX},
+};
 
 /// Carried by requests; never to be seen on the wire.
 const CANARY: &str = "weft-canary-7f3a";
@@ -14,12 +17,8 @@ const SHOP: &str = "shop";
 const URL: &str = "http://web.shop.svc.cluster.local/";
 
 fn shop() -> String {
-    format!(
-        "
-{{apiVersion: v1, kind: Namespace, metadata: {{name: {SHOP}}}}}
----
-{{apiVersion: v1, kind: Namespace, metadata: {{name: outside}}}}
----
+    let deployment = format!(
+        "---
 apiVersion: apps/v1
 kind: Deployment
 metadata: {{name: web, namespace: {SHOP}}}
@@ -35,48 +34,15 @@ spec:
         imagePullPolicy: IfNotPresent
         ports: [{{name: http, containerPort: 80}}]
         readinessProbe: {{httpGet: {{path: /healthz, port: http}}, periodSeconds: 1}}
----
-apiVersion: v1
-kind: Service
-metadata: {{name: web, namespace: {SHOP}}}
-spec: {{selector: {{app: web}}, ports: [{{name: http, port: 80, targetPort: http, appProtocol: http}}]}}
----
-{}
----
-{}
-",
-        client(SHOP),
-        client("outside")
-    )
+"
+    );
+    let client = |name: &str| {
+        let pod = Pod::busybox(name, "client", "node1").account("client");
+        format!("{}{}{pod}", namespace(name, None), account(name, "client"))
+    };
+    let web = service(SHOP, "web", "ports: [{name: http, port: 80, targetPort: http, appProtocol: http}]");
+    [client(SHOP), client("outside"), deployment, web].concat()
 }
-
-fn client(namespace: &str) -> String {
-    format!(
-        "{{apiVersion: v1, kind: ServiceAccount, metadata: {{name: client, namespace: {namespace}}}}}
----
-apiVersion: v1
-kind: Pod
-metadata: {{name: client, namespace: {namespace}}}
-spec:
-  nodeName: node1
-  serviceAccountName: client
-  terminationGracePeriodSeconds: 0
-  containers: [{{name: c, image: 'busybox:1', command: [sleep, infinity]}}]"
-    )
-}
-
-const POLICY: &str = "
-apiVersion: weft.mesh/v1alpha1
-kind: AuthorizationPolicy
-metadata: {name: web-callers, namespace: shop}
-spec:
-  targetRefs: [{group: '', kind: Pod, selector: {matchLabels: {app: web}}}]
-  action: ALLOW
-  rules:
-  - sources: [{type: ServiceAccount, serviceAccount: {name: client}}]
-    networkAttributes: {ports: [80]}
-    http: [{methods: [GET], paths: [{type: PathPrefix, value: /catalog}]}]
-";
 
 fn call(mesh: &Mesh, namespace: &str, path: &str) -> Result<String> {
     let header = format!("x-canary: {CANARY}");
@@ -117,6 +83,7 @@ fn the_quick_start_is_true() -> Result<()> {
     mesh.cluster.kubectl(&["-n", SHOP, "rollout", "status", "deployment/web", "--timeout=240s"])?;
     mesh.ready(SHOP, &["client"])?;
     mesh.ready("outside", &["client"])?;
+    mesh.named(SHOP, &["web"])?;
     let web = mesh.cluster.kubectl(&[
         "-n",
         SHOP,
@@ -157,13 +124,8 @@ fn the_quick_start_is_true() -> Result<()> {
     ensure!(!mesh.cluster.kubectl(&["-n", SHOP, "logs", &web])?.contains("panic"));
 
     // Policy, live, per request.
-    mesh.cluster.apply(POLICY)?;
-    let condition = "jsonpath={.status.conditions[?(@.type==\"Programmed\")].status} {.status.conditions[?(@.type==\"Programmed\")].message}";
-    mesh.eventually("the policy on both nodes", || {
-        let said = mesh.cluster.kubectl(&["-n", SHOP, "get", "wap", "web-callers", "-o", condition])?;
-        ensure!(said.starts_with("True") && said.contains("2/2"), "{said}");
-        Ok(())
-    })?;
+    mesh.cluster.apply(&catalog("client"))?;
+    mesh.programmed(SHOP, "web-callers")?;
     call(&mesh, SHOP, "catalog/shoes")?;
     let denied = call(&mesh, SHOP, "admin").unwrap_err();
     ensure!(format!("{denied:#}").contains("403"), "{denied:#}");

@@ -11,10 +11,24 @@ use std::{
 use anyhow::{Context as _, Result, anyhow, ensure};
 use serde_json::Value;
 use weft_cluster::Options;
-use weft_tests::{mesh::Mesh, steps::Steps};
+use weft_tests::{manifest::Pod, mesh::Mesh, steps::Steps};
 
 const OBJECTS: &str = include_str!("workloads/traffic.yaml");
 const SHOP: &str = "shop";
+/// Services that are called by name.
+const NAMES: [&str; 11] = [
+    "web",
+    "cart",
+    "legacy",
+    "door",
+    "sticky",
+    "slow",
+    "never",
+    "never-published",
+    "never-peers",
+    "alias",
+    "alias-outside",
+];
 /// The nodes' addresses, from a machine beside them.
 const NODES: [&str; 2] = ["10.200.0.11", "10.200.0.12"];
 /// What the load balancer of a cloud would assign.
@@ -247,18 +261,7 @@ fn rolling_restart(mesh: &Mesh) -> Result<()> {
 }
 
 fn pod(namespace: &str, name: &str, account: &str) -> String {
-    format!(
-        "
-apiVersion: v1
-kind: Pod
-metadata: {{name: {name}, namespace: {namespace}}}
-spec:
-  nodeName: node1
-  serviceAccountName: {account}
-  terminationGracePeriodSeconds: 0
-  containers: [{{name: c, image: 'registry.test/lab:1', args: [serve, --http, '8080']}}]
-"
-    )
+    Pod::lab(namespace, name, "node1", "serve, --http, '8080'").account(account).to_string()
 }
 
 /// Neighbours of a bridge remember for a while whose an address was, with a mesh and without one; here they forget.
@@ -352,6 +355,8 @@ fn traffic_of_every_kind_arrives_or_is_refused_as_it_should() -> Result<()> {
     for (namespace, policy) in [(SHOP, "door"), (SHOP, "cart"), (SHOP, "vault"), ("edge", "ingress")] {
         mesh.programmed(namespace, policy)?;
     }
+    mesh.named(SHOP, &NAMES)?;
+    mesh.named("edge", &["by-hand"])?;
     let mut steps = Steps::default();
     let mut step = |name: &str, check: fn(&Mesh) -> Result<()>| steps.step(name, || check(&mesh));
     step("NodePort: closed for strict, open where a rule says so, and for permissive", node_ports);

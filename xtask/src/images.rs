@@ -5,7 +5,7 @@ use std::{fs, path::Path, process::Command};
 use crate::{
     Failure, Outcome,
     bpf::{self, Profile},
-    failed, sh,
+    sh,
 };
 
 const USAGE: &str =
@@ -30,25 +30,28 @@ pub(crate) fn run(args: &[&str]) -> Outcome {
     let version = format!("v{}", env!("CARGO_PKG_VERSION"));
     let registry = wanted.push.or(wanted.registry).unwrap_or(REGISTRY);
     let tag = wanted.tag.unwrap_or(&version);
-    save(Profile::Dist, registry, tag, &folder)?;
+    let mut pack = pack(Profile::Dist, registry, tag, &folder)?;
+    sh::run(pack.args(wanted.push.map(|_| "--push")))?;
     if let Some(name) = wanted.load {
         for archive in archives(&folder)? {
             let mut kind = Command::new("kind");
             sh::run(kind.args(["load", "image-archive", "--name", name]).arg(archive))?;
         }
     }
-    if wanted.push.is_some() {
-        push(&folder, registry, tag)?;
-    }
     Ok(())
 }
 
 /// Packs what `profile` built into archives in `folder`.
 pub(crate) fn save(profile: Profile, registry: &str, tag: &str, folder: &Path) -> Outcome {
+    sh::run(&mut pack(profile, registry, tag, folder)?)
+}
+
+fn pack(profile: Profile, registry: &str, tag: &str, folder: &Path) -> Outcome<Command> {
     sh::run(sh::cargo().args(["build", "--quiet", "--package", "weft-cluster"]))?;
     let mut tool = Command::new(sh::target().join("debug/weft-cluster"));
     tool.args(["images", "--registry", registry, "--tag", tag, "--programs"]).arg(profile.folder());
-    sh::run(tool.arg("--save").arg(folder))
+    tool.arg("--save").arg(folder);
+    Ok(tool)
 }
 
 fn wanted<'a>(args: &[&'a str]) -> Outcome<Wanted<'a>> {
@@ -78,34 +81,6 @@ fn archives(folder: &Path) -> Outcome<Vec<std::path::PathBuf>> {
     found.retain(|path| path.extension().is_some_and(|extension| extension == "tar"));
     found.sort();
     Ok(found)
-}
-
-/// Registries differ in how one logs in: the tools that people have configured for theirs do the upload.
-fn push(folder: &Path, registry: &str, tag: &str) -> Outcome {
-    for archive in archives(folder)? {
-        let name = archive.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-        let target = format!("{registry}/{name}:{tag}");
-        let mut tool = if sh::which("skopeo").is_some() {
-            let mut skopeo = Command::new("skopeo");
-            skopeo.args([
-                "copy",
-                &format!("oci-archive:{}", archive.display()),
-                &format!("docker://{target}"),
-            ]);
-            skopeo
-        } else if sh::which("crane").is_some() {
-            let mut crane = Command::new("crane");
-            crane.arg("push").arg(&archive).arg(&target);
-            crane
-        } else {
-            return failed(format!(
-                "neither skopeo nor crane is here to push {target}; install one (`apt-get install skopeo`), or take the archives in {}",
-                folder.display()
-            ));
-        };
-        sh::run(&mut tool)?;
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -12,6 +12,8 @@ use crate::{
     cluster, failed, images, kernels, machine, sh,
 };
 
+mod lanes;
+
 /// What a tier is, for the person who reads the output.
 const TIERS: [(u8, &str); 8] = [
     (1, "units"),
@@ -181,7 +183,7 @@ fn cluster(tally: &mut Tally) -> Outcome {
     let mut own = executables("weft-tests", "--tests", Profile::Release)?;
     own.retain(|(name, _)| name.starts_with(CLUSTER));
     tests.append(&mut own);
-    run_as_root(&tests, Profile::Release, tally)
+    lanes::run(&tests, |words| as_root(words, Profile::Release), sh::say, tally)
 }
 
 /// The datapath on Debian's kernels.
@@ -219,13 +221,19 @@ fn executables(package: &str, which: &str, profile: Profile) -> Outcome<Vec<(Str
 fn run_as_root(tests: &[(String, PathBuf)], profile: Profile, tally: &mut Tally) -> Outcome {
     for (name, path) in tests {
         sh::say(&format!("-- {name}"));
-        let mut command = sh::as_root(path)?;
-        // One at a time: the tests time what they see, and a machine with two cores has no room for two labs.
-        command.args(["--test-threads", "1"]).env("WEFT_BIN_DIR", profile.folder());
-        command.env("WEFT_IMAGES", sh::target().join("test-images")).current_dir(sh::root());
-        libtest(&mut command, tally)?;
+        // One file at a time: they time what they see, and a machine with two cores has no room for two labs.
+        libtest(&mut as_root(&[&path.to_string_lossy()], profile)?, tally)?;
     }
     Ok(())
+}
+
+/// A test file, by the words that start it, with what `profile` built; its tests one at a time.
+fn as_root(words: &[&str], profile: Profile) -> Outcome<Command> {
+    let (program, arguments) = words.split_first().ok_or_else(|| Failure::Failed("no test file".into()))?;
+    let mut command = sh::as_root(program)?;
+    command.args(arguments).args(["--test-threads", "1"]).env("WEFT_BIN_DIR", profile.folder());
+    command.env("WEFT_IMAGES", sh::target().join("test-images")).current_dir(sh::root());
+    Ok(command)
 }
 
 /// Runs a command that prints libtest's output, passes it on and counts.

@@ -59,7 +59,7 @@ const INSTALL: [Right; 12] = [
 ];
 
 /// What the operator cannot do without (docs/rbac.md has all).
-const OPERATOR: [Right; 13] = [
+const OPERATOR: [Right; 14] = [
     Right("watch", "", "namespaces", false, ""),
     Right("watch", "", "nodes", false, ""),
     Right("watch", "", "pods", false, ""),
@@ -71,6 +71,7 @@ const OPERATOR: [Right; 13] = [
     Right("watch", "weft.mesh", "meshconfigs", false, ""),
     Right("patch", "weft.mesh", "authorizationpolicies/status", false, ""),
     Right("create", "authentication.k8s.io", "tokenreviews", false, ""),
+    Right("create", "authorization.k8s.io", "subjectaccessreviews", false, ""),
     Right("update", "", "secrets", true, "weft-ca"),
     Right("update", "coordination.k8s.io", "leases", true, "weft-operator"),
 ];

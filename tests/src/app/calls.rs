@@ -40,8 +40,11 @@ impl Target {
     }
 }
 
-/// The kind of an I/O error by name (`ConnectionRefused`), or `Other` with its text.
+/// The kind of an I/O error by name (`ConnectionRefused`); otherwise, and for a name that was not found, its text.
 pub fn kind_of(error: &anyhow::Error) -> String {
+    if error.is::<http::Lookup>() {
+        return format!("{error:#}");
+    }
     match error.chain().find_map(|cause| cause.downcast_ref::<std::io::Error>()) {
         Some(io) => format!("{:?}", io.kind()),
         None => format!("{error:#}"),
@@ -433,5 +436,21 @@ impl Slow {
             at += block.len() as u64;
         }
         Ok(json!({"received": got, "matches": got == self.bytes && sum == wanted}))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_without_an_address_is_told_as_such() {
+        let target = |to: &str| Target { to: to.to_owned(), timeout_ms: 1000 };
+        let told = |to: &str| target(to).dial().err().map(|error| kind_of(&error)).unwrap_or_default();
+        // Not even a port: no resolver is asked.
+        let name = told("db-0.db");
+        assert!(name.starts_with("look up db-0.db: "), "{name}");
+        let free = std::net::TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr());
+        assert_eq!(told(&free.map(|at| at.to_string()).unwrap_or_default()), "ConnectionRefused");
     }
 }
