@@ -80,7 +80,10 @@ pub(crate) fn run(load: &Load) -> Result<()> {
             report(paced(server, connections, rate, seconds, timeout)?, seconds)
         }
         Load::Connect { server, threads, seconds } => report(connecting(server, threads, seconds)?, seconds),
-        Load::Once { server } => report(connecting(server, 1, 0.0)?, 1.0),
+        Load::Once { server } => {
+            go()?;
+            report(connecting(server, 1, 0.0)?, 1.0)
+        }
         Load::Held { server, connections, seconds } => report(held(server, connections, seconds)?, seconds),
         Load::Idle { server, connections } => {
             let request = request(server, "/", false);
@@ -113,6 +116,13 @@ fn say(line: &str) -> Result<()> {
     let mut out = std::io::stdout();
     writeln!(out, "{line}")?;
     Ok(out.flush()?)
+}
+
+/// Says READY, and waits for a line.
+fn go() -> Result<()> {
+    say("READY")?;
+    std::io::stdin().read_line(&mut String::new())?;
+    Ok(())
 }
 
 fn request(server: SocketAddr, path: &str, close: bool) -> Vec<u8> {
@@ -279,8 +289,7 @@ fn held(server: SocketAddr, connections: u32, seconds: f64) -> Result<Latencies>
     for (index, (stream, _, _)) in streams.iter().enumerate() {
         epoll.add(stream, EpollEvent::new(EpollFlags::EPOLLIN, index as u64))?;
     }
-    say("READY")?;
-    std::io::stdin().read_line(&mut String::new())?;
+    go()?;
     let end = Instant::now() + Duration::from_secs_f64(seconds);
     let (mut latencies, mut errors) = (Vec::new(), 0);
     for (stream, _, began) in &mut streams {

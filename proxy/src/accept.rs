@@ -4,14 +4,22 @@ use std::{io, sync::Arc, time::Duration};
 
 use tokio::{
     net::{TcpListener, TcpStream},
+    runtime::Handle,
     sync::{OwnedSemaphorePermit, Semaphore},
 };
-use weft_runtime::{Backoff, DrainHold};
+use weft_runtime::{Backoff, DrainHold, Workers};
 
-use crate::{inbound, outbound, platform::PodListeners, pod::Pod, proxy::Shared, socket::Socket};
+use crate::{
+    inbound, outbound,
+    platform::PodListeners,
+    pod::Pod,
+    proxy::Shared,
+    socket::{self, Socket},
+};
 
-/// The listeners of a Pod, ready to accept.
+/// The listeners of a Pod, ready to accept, on one worker.
 pub(crate) struct Listeners {
+    worker: Handle,
     outbound: Vec<TcpListener>,
     inbound: Vec<TcpListener>,
     tunnel: Vec<TcpListener>,
@@ -29,25 +37,31 @@ enum Kind {
 }
 
 impl Listeners {
-    /// Takes the sockets into the runtime.
+    /// Takes the sockets into the runtime of a worker.
     ///
     /// # Errors
     /// When one of them cannot be used.
-    pub(crate) fn new(listeners: PodListeners) -> io::Result<Self> {
+    ///
+    /// # Panics
+    /// Outside of a runtime where there are no workers.
+    pub(crate) fn new(listeners: PodListeners, workers: &Workers) -> io::Result<Self> {
+        let worker = workers.next().cloned().unwrap_or_else(Handle::current);
+        let entered = worker.enter();
         let take = |sockets: Vec<std::net::TcpListener>| -> io::Result<Vec<TcpListener>> {
             sockets
                 .into_iter()
-                .map(|socket| {
-                    socket.set_nonblocking(true)?;
-                    TcpListener::from_std(socket)
+                .map(|listener| {
+                    listener.set_nonblocking(true)?;
+                    // What is accepted inherits the options.
+                    socket::tune(&listener);
+                    TcpListener::from_std(listener)
                 })
                 .collect()
         };
-        Ok(Self {
-            outbound: take(listeners.outbound)?,
-            inbound: take(listeners.inbound)?,
-            tunnel: take(listeners.tunnel)?,
-        })
+        let (outbound, inbound, tunnel) =
+            (take(listeners.outbound)?, take(listeners.inbound)?, take(listeners.tunnel)?);
+        drop(entered);
+        Ok(Self { worker, outbound, inbound, tunnel })
     }
 
     /// The ports that they listen on.
@@ -64,7 +78,8 @@ impl Listeners {
             for listener in listeners {
                 // The drain waits until what the kernel has already taken is served.
                 let hold = shared.drain.hold();
-                shared.tasks.spawn("accept", accept(shared.clone(), pod.clone(), listener, kind, hold));
+                let accept = accept(shared.clone(), pod.clone(), listener, kind, hold);
+                shared.tasks.spawn_on(&self.worker, "accept", accept);
             }
         }
     }
@@ -127,6 +142,7 @@ fn queued(listener: TcpListener) -> io::Result<impl Iterator<Item = TcpStream>> 
     }))
 }
 
+/// Hands a connection to a worker, where it stays.
 fn start(shared: &Arc<Shared>, pod: &Arc<Pod>, room: &Arc<Semaphore>, socket: TcpStream, kind: Kind) {
     if !matches!(kind, Kind::Outbound) {
         pod.net.accepted(&socket);
@@ -136,20 +152,27 @@ fn start(shared: &Arc<Shared>, pod: &Arc<Pod>, room: &Arc<Semaphore>, socket: Tc
         Socket::new(socket).cut().set(true);
         return;
     };
-    let hold = shared.drain.hold();
-    let Some(worker) = shared.workers.next() else {
-        shared.tasks.spawn("connection", serve(shared.clone(), pod.clone(), socket, kind, (permit, hold)));
-        return;
-    };
-    // A socket belongs to the runtime that polls it.
-    let Ok(socket) = socket.into_std() else { return };
-    let (shared_, pod) = (shared.clone(), pod.clone());
-    shared.tasks.spawn_on(worker, "connection", async move {
-        match TcpStream::from_std(socket) {
-            Ok(socket) => serve(shared_, pod, socket, kind, (permit, hold)).await,
-            Err(error) => tracing::warn!(pod = %pod.uid, %error, "a connection could not be taken over"),
+    let here = Handle::current();
+    let worker = shared.workers.next().unwrap_or(&here);
+    let moved = if worker.id() == here.id() { Ok(socket) } else { move_to(worker, socket) };
+    let socket = match moved {
+        Ok(socket) => socket,
+        Err(error) => {
+            shared.metrics.accept_errors.inc();
+            tracing::warn!(pod = %pod.uid, ?kind, %error, "a connection could not be taken over");
+            return;
         }
-    });
+    };
+    let hold = shared.drain.hold();
+    let serve = serve(shared.clone(), pod.clone(), socket, kind, (permit, hold));
+    shared.tasks.spawn_on(worker, "connection", serve);
+}
+
+/// A socket belongs to the runtime that polls it.
+fn move_to(worker: &Handle, socket: TcpStream) -> io::Result<TcpStream> {
+    let socket = socket.into_std()?;
+    let _entered = worker.enter();
+    TcpStream::from_std(socket)
 }
 
 /// Serves one connection until it ends or its Pod is closed.
@@ -165,7 +188,8 @@ async fn serve(
         match kind {
             Kind::Outbound => outbound::serve(shared, pod, socket).await,
             Kind::Inbound => inbound::plain::serve(shared, pod, socket).await,
-            Kind::Tunnel => inbound::tunnel::serve(shared, pod, socket).await,
+            // Boxed: there are few, and their state is large.
+            Kind::Tunnel => Box::pin(inbound::tunnel::serve(shared, pod, socket)).await,
         }
     };
     tokio::select! {

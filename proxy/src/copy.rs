@@ -16,7 +16,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 /// what the writer does not take is kept, so that a connection at rest holds no memory.
 const BUFFER: usize = 64 * 1024;
 /// Reads of one direction before the task yields to others.
-const BURST: usize = 16;
+const BURST: usize = 4;
 
 thread_local! {
     static SCRATCH: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
@@ -89,8 +89,8 @@ pub async fn both<C, S>(
     idle: Duration,
 ) -> Result<(), CopyError>
 where
-    C: AsyncRead + AsyncWrite + Unpin,
-    S: AsyncRead + AsyncWrite + Unpin,
+    C: Copied,
+    S: Copied,
 {
     let mut up = Direction::default();
     let mut down = Direction::default();
@@ -123,13 +123,46 @@ where
     }
 }
 
+/// One side of a connection that is copied.
+///
+/// A side that keeps buffers of its own may hand bytes from there straight to the other side, or let the other side
+/// fill them: a copy less in each direction. The other side is never part of it.
+pub trait Copied: AsyncRead + AsyncWrite + Unpin {
+    /// Writes what came to `to`, as far as `to` takes it; 0 at the end. `None` where it cannot.
+    fn poll_to<W: AsyncWrite + Unpin>(
+        &mut self,
+        _cx: &mut Context<'_>,
+        _to: &mut W,
+    ) -> Option<Poll<Result<usize, Failed>>> {
+        None
+    }
+
+    /// Takes what `from` has to say; 0 at its end. `None` where it cannot.
+    fn poll_from<R: AsyncRead + Unpin>(
+        &mut self,
+        _cx: &mut Context<'_>,
+        _from: &mut R,
+    ) -> Option<Poll<Result<usize, Failed>>> {
+        None
+    }
+}
+
 /// The failing side of one direction.
-enum Side {
+#[derive(Debug)]
+pub enum Failed {
+    /// The one that was read.
     Reader(io::Error),
+    /// The one that was written to.
     Writer(io::Error),
 }
 
-impl Side {
+impl Failed {
+    /// What happened.
+    pub fn into_inner(self) -> io::Error {
+        let (Self::Reader(error) | Self::Writer(error)) = self;
+        error
+    }
+
     fn error(self, client_reads: bool) -> CopyError {
         match (self, client_reads) {
             (Self::Reader(e), true) | (Self::Writer(e), false) => CopyError::Client(e),
@@ -149,34 +182,45 @@ struct Direction {
 }
 
 impl Direction {
-    fn poll<R: AsyncRead + Unpin, W: AsyncWrite + Unpin>(
+    fn poll<R: Copied, W: Copied>(
         &mut self,
         cx: &mut Context<'_>,
         reader: &mut R,
         writer: &mut W,
         count: impl Fn(u64),
-    ) -> Poll<Result<(), Side>> {
+    ) -> Poll<Result<(), Failed>> {
         if self.done {
             return Poll::Ready(Ok(()));
         }
         for _ in 0..BURST {
             while self.start < self.rest.len() {
-                self.start += ready!(write(cx, writer, &self.rest[self.start..], &count))?;
+                let written = ready!(write(cx, writer, &self.rest[self.start..])).map_err(Failed::Writer)?;
+                count(written as u64);
+                self.start += written;
                 self.dirty = true;
             }
             if self.start > 0 {
                 (self.rest, self.start) = (Vec::new(), 0);
             }
             if self.read_done {
-                ready!(Pin::new(&mut *writer).poll_shutdown(cx)).map_err(Side::Writer)?;
+                ready!(Pin::new(&mut *writer).poll_shutdown(cx)).map_err(Failed::Writer)?;
                 self.done = true;
                 return Poll::Ready(Ok(()));
             }
-            match SCRATCH.with_borrow_mut(|scratch| self.pass(cx, reader, writer, &count, scratch)) {
-                Poll::Ready(result) => result?,
+            let direct = reader.poll_to(cx, writer).or_else(|| writer.poll_from(cx, reader));
+            let passed = direct.unwrap_or_else(|| {
+                SCRATCH.with_borrow_mut(|scratch| self.pass(cx, reader, writer, &mut *scratch))
+            });
+            match passed {
+                Poll::Ready(Ok(0)) => self.read_done = self.rest.is_empty(),
+                Poll::Ready(Ok(n)) => {
+                    count(n as u64);
+                    self.dirty = true;
+                }
+                Poll::Ready(Err(failed)) => return Poll::Ready(Err(failed)),
                 Poll::Pending => {
                     if self.dirty {
-                        ready!(Pin::new(&mut *writer).poll_flush(cx)).map_err(Side::Writer)?;
+                        ready!(Pin::new(&mut *writer).poll_flush(cx)).map_err(Failed::Writer)?;
                         self.dirty = false;
                     }
                     return Poll::Pending;
@@ -187,46 +231,40 @@ impl Direction {
         Poll::Pending
     }
 
-    /// Reads once and writes what came, as far as the writer takes it.
+    /// Reads once and writes what came, as far as the writer takes it; the others lie in `rest` then.
     fn pass<R: AsyncRead + Unpin, W: AsyncWrite + Unpin>(
         &mut self,
         cx: &mut Context<'_>,
         reader: &mut R,
         writer: &mut W,
-        count: &impl Fn(u64),
         scratch: &mut Vec<u8>,
-    ) -> Poll<Result<(), Side>> {
+    ) -> Poll<Result<usize, Failed>> {
         scratch.resize(BUFFER, 0);
         let mut buf = ReadBuf::new(scratch);
-        ready!(Pin::new(reader).poll_read(cx, &mut buf)).map_err(Side::Reader)?;
-        let mut data = buf.filled();
-        self.read_done = data.is_empty();
-        while !data.is_empty() {
-            match write(cx, writer, data, count) {
-                Poll::Ready(written) => {
-                    data = &data[written?..];
-                    self.dirty = true;
-                }
+        ready!(Pin::new(reader).poll_read(cx, &mut buf)).map_err(Failed::Reader)?;
+        let data = buf.filled();
+        let mut written = 0;
+        while written < data.len() {
+            match write(cx, writer, &data[written..]) {
+                Poll::Ready(n) => written += n.map_err(Failed::Writer)?,
                 Poll::Pending => {
-                    self.rest = data.to_vec();
+                    self.rest = data[written..].to_vec();
                     break;
                 }
             }
         }
-        Poll::Ready(Ok(()))
+        Poll::Ready(Ok(written))
     }
 }
 
-fn write<W: AsyncWrite + Unpin>(
+/// Writes, and takes a writer that takes nothing for a failure.
+pub(crate) fn write<W: AsyncWrite + Unpin>(
     cx: &mut Context<'_>,
     writer: &mut W,
     data: &[u8],
-    count: &impl Fn(u64),
-) -> Poll<Result<usize, Side>> {
-    let written = ready!(Pin::new(writer).poll_write(cx, data)).map_err(Side::Writer)?;
-    if written == 0 {
-        return Poll::Ready(Err(Side::Writer(io::ErrorKind::WriteZero.into())));
+) -> Poll<io::Result<usize>> {
+    match ready!(Pin::new(writer).poll_write(cx, data))? {
+        0 => Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+        written => Poll::Ready(Ok(written)),
     }
-    count(written as u64);
-    Poll::Ready(Ok(written))
 }

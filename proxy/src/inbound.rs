@@ -233,6 +233,6 @@ async fn dial(
             ConnectError::new(Reason::Timeout, format!("the application at {destination} did not answer"))
         })?
         .map_err(failed)?;
-    socket::tune(&stream);
+    socket::tune_local(&stream);
     Ok(Socket::new(stream))
 }

@@ -21,7 +21,7 @@ use crate::{
     pod::Pod,
     proxy::Shared,
     record::{self, Session},
-    socket::{self, Socket},
+    socket::Socket,
     upstream::Upstream,
 };
 
@@ -34,7 +34,6 @@ use resolve::{Resolved, Unresolved};
 
 /// Serves one accepted outbound connection.
 pub async fn serve(shared: Arc<Shared>, pod: Arc<Pod>, accepted: TcpStream) {
-    socket::tune(&accepted);
     let original = match pod.net.original_dst(&accepted) {
         Ok(Some(original)) => original,
         Ok(None) => {
@@ -115,7 +114,8 @@ impl Outbound {
             })
             .await;
         match held.unwrap_or(Err(Unresolved::Unknown)) {
-            Ok(Resolved::Http { service, port }) => self.http(app, service, port).await,
+            // Boxed: its state is much larger than that of a connection whose bytes pass unseen.
+            Ok(Resolved::Http { service, port }) => Box::pin(self.http(app, service, port)).await,
             Ok(Resolved::Opaque(targets)) => self.opaque(app, targets).await,
             Err(Unresolved::Unknown) => self.refuse(Reason::UnknownPeer),
             Err(Unresolved::Refused(reason)) => self.refuse(reason),
@@ -236,7 +236,8 @@ impl Outbound {
             return self.refuse(Reason::NoEndpoint);
         };
         for target in std::iter::once(target).chain(alternate) {
-            match self.reach(target).await {
+            // Boxed: a connection lives longer than its set-up.
+            match Box::pin(self.reach(target)).await {
                 Ok(reached) => return self.copy(&mut app, reached).await,
                 Err(reason) if connect::worth_another(reason) => {}
                 Err(_) => return,

@@ -137,7 +137,7 @@ impl Proxy {
     /// # Errors
     /// When a listener cannot be used.
     pub fn add_pod(&self, handle: PodHandle) -> io::Result<()> {
-        let listeners = accept::Listeners::new(handle.listeners)?;
+        let listeners = accept::Listeners::new(handle.listeners, &self.shared.workers)?;
         let shared = &self.shared;
         let ports = listeners.ports();
         let pool = || {

@@ -2,6 +2,7 @@
 
 use std::{
     io,
+    os::fd::AsFd,
     pin::Pin,
     sync::{
         Arc,
@@ -17,16 +18,27 @@ use tokio::{
     net::TcpStream,
 };
 
-use crate::l7::Io;
+use crate::{copy::Copied, l7::Io};
 
 /// Sets what every data socket gets: no delay, and keepalive so that a peer that vanished is noticed.
-pub fn tune(socket: &TcpStream) {
+///
+/// Set on a listener, what is accepted from it has it too.
+pub fn tune(socket: &impl AsFd) {
+    let socket = SockRef::from(socket);
     let keepalive = TcpKeepalive::new()
         .with_time(Duration::from_secs(60))
         .with_interval(Duration::from_secs(15))
         .with_retries(4);
-    let set = socket.set_nodelay(true).and_then(|()| SockRef::from(socket).set_tcp_keepalive(&keepalive));
+    let set = socket.set_tcp_nodelay(true).and_then(|()| socket.set_tcp_keepalive(&keepalive));
     if let Err(error) = set {
+        tracing::debug!(%error, "socket options were not set");
+    }
+}
+
+/// Sets what a socket towards an application of this node gets: no delay. Its other end is in the same kernel, and
+/// cannot vanish without a word.
+pub fn tune_local(socket: &impl AsFd) {
+    if let Err(error) = SockRef::from(socket).set_tcp_nodelay(true) {
         tracing::debug!(%error, "socket options were not set");
     }
 }
@@ -81,6 +93,8 @@ impl Drop for Socket {
         }
     }
 }
+
+impl Copied for Socket {}
 
 impl Io for Socket {
     fn cut(&self) -> Cut {

@@ -24,8 +24,9 @@ pub mod validity;
 pub use headers::{ConnectRequest, SourceInfo};
 pub use stream::Stream;
 
-/// First flow-control window of one stream, in bytes. It grows for a reader that keeps up; see [`hbone`].
-pub const STREAM_WINDOW: u32 = 256 * 1024;
+/// First flow-control window of one stream, in bytes: what a reader that stops makes us hold. It grows for one that
+/// keeps up; see [`hbone`].
+pub const STREAM_WINDOW: u32 = 64 * 1024;
 /// Streams of one connection; the next one goes to a further connection.
 pub const MAX_STREAMS: u32 = 100;
 /// Largest frame payload. Larger frames cost fewer headers, but delay the frames of other streams.

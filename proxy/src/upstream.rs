@@ -12,6 +12,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use weft_core::flow::Tls;
 
 use crate::{
+    copy::{Copied, Failed},
     inbound::Opened,
     l7::Io,
     metrics::Pair,
@@ -85,6 +86,30 @@ impl Io for Upstream {
     fn retires(&self) -> Option<Instant> {
         match &self.way {
             Way::Tunnel(stream) => stream.retires(),
+            Way::Plain(_) | Way::Local(_) | Way::Judged(_) => None,
+        }
+    }
+}
+
+impl Copied for Upstream {
+    fn poll_to<W: AsyncWrite + Unpin>(
+        &mut self,
+        cx: &mut Context<'_>,
+        to: &mut W,
+    ) -> Option<Poll<Result<usize, Failed>>> {
+        match &mut self.way {
+            Way::Tunnel(stream) => stream.poll_to(cx, to),
+            Way::Plain(_) | Way::Local(_) | Way::Judged(_) => None,
+        }
+    }
+
+    fn poll_from<R: AsyncRead + Unpin>(
+        &mut self,
+        cx: &mut Context<'_>,
+        from: &mut R,
+    ) -> Option<Poll<Result<usize, Failed>>> {
+        match &mut self.way {
+            Way::Tunnel(stream) => stream.poll_from(cx, from),
             Way::Plain(_) | Way::Local(_) | Way::Judged(_) => None,
         }
     }

@@ -8,6 +8,7 @@ use std::{
         Arc,
         atomic::{AtomicU8, Ordering},
     },
+    time::{Duration, Instant},
 };
 
 use parking_lot::Mutex;
@@ -23,8 +24,12 @@ use weft_proxy::platform::{Family, OriginalDst, PodNet};
 
 use super::{addr, maps::Maps, netns::NetNs};
 
-/// Sockets made per entry into the namespace: entering costs more than a socket.
-const BATCH: usize = 4;
+/// Sockets made by the first entry into the namespace: entering costs more than many sockets.
+const FIRST_BATCH: usize = 4;
+/// Sockets made by one entry for a Pod that keeps on connecting.
+const LAST_BATCH: usize = 64;
+/// A batch that is used up sooner doubles the next one.
+const QUICK: Duration = Duration::from_millis(500);
 /// `IP_BIND_ADDRESS_NO_PORT` (Linux, ip(7)).
 const IP_BIND_ADDRESS_NO_PORT: i32 = 24;
 
@@ -33,8 +38,30 @@ pub(super) struct PodNetwork {
     netns: Arc<NetNs>,
     maps: Arc<Maps>,
     addresses: Vec<IpAddr>,
-    pool: [Mutex<Vec<OwnedFd>>; 2],
+    /// Of IPv4 and of IPv6.
+    stock: [Mutex<Stock>; 2],
     next_source: AtomicU8,
+}
+
+/// Sockets that are ready to be used.
+struct Stock {
+    sockets: Vec<OwnedFd>,
+    batch: usize,
+    filled: Instant,
+}
+
+impl Stock {
+    fn new() -> Self {
+        Self { sockets: Vec::new(), batch: FIRST_BATCH, filled: Instant::now() }
+    }
+
+    /// How many the next batch has, by how long the last one lasted.
+    fn next_batch(&mut self, now: Instant) -> usize {
+        let quick = now.saturating_duration_since(self.filled) < QUICK;
+        self.batch = if quick { (self.batch * 2).min(LAST_BATCH) } else { FIRST_BATCH };
+        self.filled = now;
+        self.batch
+    }
 }
 
 impl fmt::Debug for PodNetwork {
@@ -45,7 +72,13 @@ impl fmt::Debug for PodNetwork {
 
 impl PodNetwork {
     pub(super) fn new(netns: Arc<NetNs>, maps: Arc<Maps>) -> Self {
-        Self { netns, maps, addresses: Vec::new(), pool: Default::default(), next_source: AtomicU8::new(0) }
+        Self {
+            netns,
+            maps,
+            addresses: Vec::new(),
+            stock: [(); 2].map(|()| Mutex::new(Stock::new())),
+            next_source: AtomicU8::new(0),
+        }
     }
 
     /// With what the Pod's own addresses are.
@@ -56,29 +89,29 @@ impl PodNetwork {
 
     /// An unconnected, non-blocking socket inside the namespace.
     fn fresh(&self, family: Family) -> io::Result<OwnedFd> {
-        let pool = match family {
-            Family::V4 => &self.pool[0],
-            Family::V6 => &self.pool[1],
+        let (stock, domain) = match family {
+            Family::V4 => (&self.stock[0], Domain::IPV4),
+            Family::V6 => (&self.stock[1], Domain::IPV6),
         };
-        if let Some(socket) = pool.lock().pop() {
-            return Ok(socket);
-        }
-        let domain = match family {
-            Family::V4 => Domain::IPV4,
-            Family::V6 => Domain::IPV6,
+        let count = {
+            let mut stock = stock.lock();
+            if let Some(socket) = stock.sockets.pop() {
+                return Ok(socket);
+            }
+            stock.next_batch(Instant::now())
         };
         let mut batch = self.netns.run(|| {
             let one = || {
                 let socket = Socket::new(domain, Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
                 Ok(OwnedFd::from(socket))
             };
-            (0..BATCH).map(|_| one()).collect::<io::Result<Vec<_>>>()
+            (0..count).map(|_| one()).collect::<io::Result<Vec<_>>>()
         })?;
         let socket = batch.pop().ok_or_else(|| io::Error::other("no socket was made"))?;
-        // Another thread may have filled the pool meanwhile; what is above the batch is closed again.
-        let mut pool = pool.lock();
-        let room = BATCH.saturating_sub(pool.len());
-        pool.extend(batch.into_iter().take(room));
+        // Another thread may have made a batch meanwhile; what is above one is closed again.
+        let mut stock = stock.lock();
+        let room = LAST_BATCH.saturating_sub(stock.sockets.len());
+        stock.sockets.extend(batch.into_iter().take(room));
         Ok(socket)
     }
 
@@ -175,4 +208,18 @@ fn bind_address_no_port(socket: &OwnedFd) -> io::Result<()> {
         )
     };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_busy_pod_gets_larger_batches_and_a_quiet_one_small_ones() {
+        let mut stock = Stock::new();
+        let start = stock.filled;
+        let sizes: Vec<usize> = (0..6).map(|_| stock.next_batch(start)).collect();
+        assert_eq!(sizes, [8, 16, 32, 64, 64, 64]);
+        assert_eq!(stock.next_batch(start + QUICK), FIRST_BATCH);
+    }
 }

@@ -223,19 +223,9 @@ fn held(running: &Running<'_>, connections: u32, seconds: u32) -> Result<Sample>
     let args = arguments(running.target(HTTP), &["held", &connections.to_string(), &seconds.to_string()]);
     let mut beside = Beside::start(running.ground.load("client", &args)?, Some("READY"))?;
     let cpu = account::cpu(&running.cgroups)?;
-    let answer: Value = serde_json::from_str(&beside.go()?)?;
-    let cpu_s = account::cpu(&running.cgroups)? - cpu;
-    let field = |name: &str| answer[name].as_f64().unwrap_or_default();
-    let (n, per_s, errors) = (field("n"), field("per_s"), field("errors"));
-    Ok(Sample {
-        n,
-        per_s,
-        errors,
-        p50_us: field("p50_us"),
-        p99_us: field("p99_us"),
-        cpu_s,
-        ..Sample::default()
-    })
+    beside.begin()?;
+    let answer = sample(&beside.rest()?)?;
+    Ok(Sample { cpu_s: account::cpu(&running.cgroups)? - cpu, ..answer })
 }
 
 fn arguments((ip, port): Target, words: &[&str]) -> Vec<String> {
@@ -246,24 +236,34 @@ fn arguments((ip, port): Target, words: &[&str]) -> Vec<String> {
 
 /// This program's own load generator.
 fn own(running: &Running<'_>, target: Target, words: &[&str]) -> Result<Sample> {
-    from("client", running, target, words)
+    sample(&text(running.ground.load("client", &arguments(target, words))?)?)
 }
 
-/// One connection with one request from each of the Pods that have spoken to nobody.
+/// One connection with one request from each of the Pods that have spoken to nobody, eight at once as in
+/// [`Load::Connect`]. The generators have been started before, so that their start is not in it.
 fn tunnels(running: &Running<'_>) -> Result<Sample> {
+    let args = arguments(running.target(HTTP), &["once"]);
+    let start = |pod: String| Beside::start(running.ground.load(&pod, &args)?, Some("READY"));
+    let mut waiting = ground::idle_pods().map(start).collect::<Result<Vec<_>>>()?;
+    let cpu = account::cpu(&running.cgroups)?;
     let mut sum = Sample::default();
-    for pod in ground::idle_pods() {
-        let one = from(&pod, running, running.target(HTTP), &["once"])?;
-        sum.n += one.n;
-        sum.errors += one.errors;
-        sum.p99_us = sum.p99_us.max(one.p99_us);
+    for eight in waiting.chunks_mut(8) {
+        eight.iter_mut().try_for_each(Beside::begin)?;
+        for one in eight {
+            let one = sample(&one.rest()?)?;
+            sum.n += one.n;
+            sum.errors += one.errors;
+            sum.p99_us = sum.p99_us.max(one.p99_us);
+        }
     }
+    sum.cpu_s = account::cpu(&running.cgroups)? - cpu;
     ensure!(sum.errors == 0.0, "{} first connections failed", sum.errors);
     Ok(sum)
 }
 
-fn from(pod: &str, running: &Running<'_>, target: Target, words: &[&str]) -> Result<Sample> {
-    let answer: Value = serde_json::from_str(&text(running.ground.load(pod, &arguments(target, words))?)?)?;
+/// What this program's own generator says.
+fn sample(answer: &str) -> Result<Sample> {
+    let answer: Value = serde_json::from_str(answer)?;
     let field = |name: &str| answer[name].as_f64().unwrap_or_default();
     Ok(Sample {
         n: field("n"),
@@ -402,9 +402,13 @@ impl Beside {
         Ok(Self { child, said })
     }
 
-    /// Lets it begin, and gives what it says to its end.
-    fn go(&mut self) -> Result<String> {
-        self.child.stdin.take().context("no input")?.write_all(b"\n")?;
+    /// Lets it begin.
+    fn begin(&mut self) -> Result<()> {
+        Ok(self.child.stdin.take().context("no input")?.write_all(b"\n")?)
+    }
+
+    /// What it says to its end.
+    fn rest(&mut self) -> Result<String> {
         let mut text = String::new();
         self.child.stdout.take().context("no output")?.read_to_string(&mut text)?;
         Ok(text)

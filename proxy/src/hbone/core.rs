@@ -28,8 +28,12 @@ mod peer;
 
 /// Bytes of frames that wait for TLS before streams are made to wait.
 const BACKLOG: usize = 512 * 1024;
-/// Most that one stream gives at a time while others may be waiting.
+/// What streams that seldom send may add to a full backlog: a request passes the bulk that waits.
+const PRIORITY: usize = 128 * 1024;
+/// Most that one stream gives at a time while no other waits.
 const QUANTUM: usize = 64 * 1024;
+/// Most that one stream gives in a turn while others wait.
+const SHARE: usize = 16 * 1024;
 /// The connection's own window: larger than what is ever under way.
 const CONNECTION_WINDOW: u32 = 16 * 1024 * 1024;
 /// What both ends begin with (RFC 9113 section 6.9.2).
@@ -134,6 +138,12 @@ struct Stream {
     answered: bool,
     reader: Option<Waker>,
     writer: Option<Waker>,
+    /// The turn in which it sent last.
+    sent: u64,
+    /// It could not send when it wanted to, and has not since.
+    held: bool,
+    /// It is among those that wait.
+    waits: bool,
 }
 
 /// A header list of a request or response, checked for its form.
@@ -178,6 +188,12 @@ pub(super) struct Core {
     peer_streams: u32,
     /// Streams that wait for the connection's credit or for room in `out`.
     waiting: VecDeque<u32>,
+    /// Those of them that had their share in this turn: they come after all that had none.
+    served: VecDeque<u32>,
+    /// More than one stream had waited when this turn began.
+    crowd: bool,
+    /// How often frames were taken out; more than 1 from the start, so that a new stream's last turn is long ago.
+    turn: u64,
     decoder: Decoder,
     flood: Flood,
     /// Bytes of answers in `out`.
@@ -239,6 +255,9 @@ impl Core {
             peer_frame: DEFAULT_FRAME,
             peer_streams: settings.streams,
             waiting: VecDeque::new(),
+            served: VecDeque::new(),
+            crowd: false,
+            turn: 2,
             decoder: Decoder::new(),
             flood: Flood::new(now),
             answers: 0,
@@ -264,6 +283,8 @@ impl Core {
     pub(super) fn take_out(&mut self, into: &mut Vec<u8>) {
         std::mem::swap(&mut self.out, into);
         self.answers = 0;
+        self.turn += 1;
+        self.crowd = self.queue() > 1;
         self.admit();
     }
 
@@ -316,14 +337,20 @@ impl Core {
         self.woken.extend(self.driver.take());
     }
 
+    /// How many streams wait.
+    fn queue(&self) -> usize {
+        self.waiting.len() + self.served.len()
+    }
+
     /// Lets streams that wait for the connection write again.
     fn admit(&mut self) {
         if self.credit <= 0 {
             return;
         }
         // All of them: each takes its turn, and waits again at the end of the queue where nothing was left.
-        while let Some(id) = self.waiting.pop_front() {
+        while let Some(id) = self.waiting.pop_front().or_else(|| self.served.pop_front()) {
             if let Some(stream) = self.streams.get_mut(&id) {
+                stream.waits = false;
                 self.woken.extend(stream.writer.take());
             }
         }
@@ -341,6 +368,9 @@ impl Core {
             answered: false,
             reader: None,
             writer: None,
+            sent: 0,
+            held: false,
+            waits: false,
         }
     }
 }

@@ -96,6 +96,14 @@ pub(super) fn head(out: &mut Vec<u8>, length: usize, kind: u8, flags: u8, stream
     out.extend_from_slice(&[a, b, c, kind, flags, d, e, f, g]);
 }
 
+/// Says how long the payload is of the frame that `frame` begins with.
+pub(super) fn set_length(frame: &mut [u8], length: usize) {
+    let [_, length @ ..] = (length as u32).to_be_bytes();
+    if let Some(place) = frame.first_chunk_mut() {
+        *place = length;
+    }
+}
+
 /// Appends a RST_STREAM.
 pub(super) fn reset(out: &mut Vec<u8>, stream: u32, code: Code) {
     head(out, 4, kind::RST_STREAM, 0, stream);

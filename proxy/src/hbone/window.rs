@@ -8,9 +8,9 @@ use std::{
 /// Largest window of a stream.
 const LARGEST: u32 = 4 * 1024 * 1024;
 /// A window that is used up faster than this bounds the stream's rate.
-const QUICK: Duration = Duration::from_millis(100);
+const QUICK: Duration = Duration::from_millis(250);
 /// What all streams of the process may have beyond their first windows.
-const BUDGET: u64 = 64 * 1024 * 1024;
+const BUDGET: u64 = 32 * 1024 * 1024;
 
 /// What they have.
 static GRANTED: AtomicU64 = AtomicU64::new(0);

@@ -17,7 +17,7 @@ use crate::{
     pipe::pipe,
     pod::Pod,
     proxy::Shared,
-    socket::{self, Socket},
+    socket::Socket,
     upstream::{Upstream, Way},
 };
 
@@ -26,7 +26,6 @@ const MEMORY: usize = 64 * 1024;
 
 /// Serves one accepted plain connection.
 pub async fn serve(shared: Arc<Shared>, pod: Arc<Pod>, accepted: TcpStream) {
-    socket::tune(&accepted);
     let connection = SockRef::from(&accepted).cookie().unwrap_or_default();
     let (Ok(client), Ok(destination)) = (accepted.peer_addr(), accepted.local_addr()) else { return };
     let mut accepted = Socket::new(accepted);
@@ -56,7 +55,7 @@ pub async fn serve(shared: Arc<Shared>, pod: Arc<Pod>, accepted: TcpStream) {
         },
         Ok(Admitted::Http(http)) => {
             cut.set(false);
-            serve_http(&shared, *http, accepted).await;
+            Box::pin(serve_http(&shared, *http, accepted)).await;
         }
         Err(error) => tracing::debug!(%client, %destination, %error, "a plain connection was refused"),
     }

@@ -9,7 +9,7 @@ use weft_core::{SpiffeId, Workload, flow::Reason};
 use super::{Admitted, Arrival, Http, Opened, admit};
 use crate::{
     connections::Source,
-    copy::{self, CopyError},
+    copy::{self, Copied, CopyError},
     l7::ConnectError,
     metrics::{Reported, Side},
     pod::Pod,
@@ -22,7 +22,6 @@ use crate::{
 
 /// Serves one accepted connection at the tunnel port.
 pub async fn serve(shared: Arc<Shared>, pod: Arc<Pod>, socket: TcpStream) {
-    crate::socket::tune(&socket);
     let Some(own) = shared.state().workload(&pod.uid).map(|w| w.identity.clone()) else {
         tracing::warn!(pod = %pod.uid, "a tunnel was refused: nobody described the Pod");
         return;
@@ -117,7 +116,8 @@ async fn stream(shared: Arc<Shared>, pod: Arc<Pod>, caller: Caller, incoming: In
         credentials: Some(caller.own.clone()),
         validity: Some(caller.session.validity.clone()),
     };
-    match admit(&shared, &pod, arrival).await {
+    // Boxed: a connection lives longer than its set-up.
+    match Box::pin(admit(&shared, &pod, arrival)).await {
         Ok(admitted) => match incoming.accept() {
             Ok(stream) => forward(&shared, admitted, stream).await,
             Err(error) => tracing::debug!(%error, "the peer went away before the answer"),
@@ -191,14 +191,15 @@ async fn forward(shared: &Arc<Shared>, admitted: Admitted, mut stream: Stream) {
                 stream.abort();
             }
         }
-        Admitted::Http(http) => serve_http(shared, *http, stream).await,
+        // Boxed: its state is much larger than that of a connection whose bytes pass unseen.
+        Admitted::Http(http) => Box::pin(serve_http(shared, *http, stream)).await,
     }
 }
 
 /// Copies until the end; [`Reason::None`] for a clean one, after which the application's socket closes cleanly.
 pub(super) async fn opaque<C>(shared: &Shared, client: &mut C, opened: &mut Opened) -> Reason
 where
-    C: crate::l7::Io,
+    C: Copied,
 {
     let Opened { socket, registration, traffic, .. } = opened;
     let copied = tokio::select! {

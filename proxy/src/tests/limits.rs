@@ -51,7 +51,7 @@ async fn stalled_streams_do_not_hold_up_others() {
         let mut stream = client.dial(address).await;
         let (app, _) = soon("a connection", listener.accept()).await.expect("a connection");
         // The application never reads. Far more than its window and socket buffers hold is offered.
-        let offered = vec![7; 8 * STREAM_WINDOW as usize];
+        let offered = vec![7; 32 * STREAM_WINDOW as usize];
         let fill = async {
             loop {
                 let _ = stream.write_all(&offered).await;

@@ -111,7 +111,8 @@ impl Pool {
         for _ in 0..RETRIES {
             let place = match slot.reserve() {
                 Some(place) => place,
-                None => self.0.place(key, &slot, credentials).await?,
+                // Boxed: few dial, and the handshake's state would lie in all that wait.
+                None => Box::pin(self.0.place(key, &slot, credentials)).await?,
             };
             let session = place.0.session.clone();
             match tokio::time::timeout(self.0.times.answer, open(place, request)).await {

@@ -10,7 +10,12 @@ use std::{
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::validity::Validity;
-use crate::{hbone, l7::Io, socket::Cut};
+use crate::{
+    copy::{Copied, Failed},
+    hbone,
+    l7::Io,
+    socket::Cut,
+};
 
 /// A stream of a tunnel, with what it has of the connection that it was opened on.
 #[derive(Debug)]
@@ -62,6 +67,24 @@ impl Io for Stream {
 
     fn retires(&self) -> Option<Instant> {
         self.pooled.as_ref().map(|p| p.retires)
+    }
+}
+
+impl Copied for Stream {
+    fn poll_to<W: AsyncWrite + Unpin>(
+        &mut self,
+        cx: &mut Context<'_>,
+        to: &mut W,
+    ) -> Option<Poll<Result<usize, Failed>>> {
+        self.inner.poll_to(cx, to)
+    }
+
+    fn poll_from<R: AsyncRead + Unpin>(
+        &mut self,
+        cx: &mut Context<'_>,
+        from: &mut R,
+    ) -> Option<Poll<Result<usize, Failed>>> {
+        self.inner.poll_from(cx, from)
     }
 }
 

@@ -3,10 +3,10 @@
 use std::{
     io,
     net::SocketAddr,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
 };
 
-use bytes::{Buf as _, BytesMut};
+use bytes::{Buf as _, BufMut as _, BytesMut, buf::Limit};
 use http::{HeaderMap, StatusCode};
 
 use super::{
@@ -14,8 +14,9 @@ use super::{
         frame::{self, Code, MAX, flag, kind},
         hpack,
     },
-    Asked, BACKLOG, Core, DEFAULT_FRAME, Leaving, Lost, QUANTUM,
+    Asked, BACKLOG, Core, DEFAULT_FRAME, Leaving, Lost, PRIORITY, QUANTUM, SHARE,
 };
+use crate::copy::Failed;
 
 impl Core {
     /// Streams that may be open at a time.
@@ -99,20 +100,19 @@ impl Core {
         Ok(())
     }
 
-    /// Delivers what came; 0 at the end of the stream.
-    pub(in crate::hbone) fn read(
+    /// Shows what came to `take`, which says how much of it it took; 0 at the end of the stream.
+    pub(in crate::hbone) fn deliver(
         &mut self,
         id: u32,
-        into: &mut [u8],
         cx: &mut Context<'_>,
-    ) -> Poll<io::Result<usize>> {
+        take: impl FnOnce(&mut Context<'_>, &[u8]) -> Poll<io::Result<usize>>,
+    ) -> Poll<Result<usize, Failed>> {
         let now = self.now;
         let Some(stream) = self.streams.get_mut(&id) else {
-            return Poll::Ready(Err(Lost::Connection.into()));
+            return Poll::Ready(Err(Failed::Reader(Lost::Connection.into())));
         };
         if !stream.received.is_empty() {
-            let n = stream.received.len().min(into.len());
-            into[..n].copy_from_slice(&stream.received[..n]);
+            let n = ready!(take(cx, &stream.received)).map_err(Failed::Writer)?;
             stream.received.advance(n);
             let drained = stream.received.is_empty();
             if drained {
@@ -128,7 +128,7 @@ impl Core {
             return Poll::Ready(Ok(n));
         }
         if let Some(lost) = stream.lost {
-            return Poll::Ready(Err(lost.into()));
+            return Poll::Ready(Err(Failed::Reader(lost.into())));
         }
         if stream.ended {
             return Poll::Ready(Ok(0));
@@ -137,13 +137,9 @@ impl Core {
         Poll::Pending
     }
 
-    /// Takes as much as windows and backlog allow.
-    pub(in crate::hbone) fn write(
-        &mut self,
-        id: u32,
-        data: &[u8],
-        cx: &mut Context<'_>,
-    ) -> Poll<io::Result<usize>> {
+    /// How much windows, backlog and the other streams allow.
+    fn room(&mut self, id: u32, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        let queue = self.queue();
         let Some(stream) = self.streams.get_mut(&id) else {
             return Poll::Ready(Err(Lost::Connection.into()));
         };
@@ -153,27 +149,81 @@ impl Core {
         if stream.finished {
             return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
         }
-        if data.is_empty() {
-            return Poll::Ready(Ok(0));
-        }
-        let full = self.credit <= 0 || self.out.len() >= BACKLOG;
+        let crowd = self.crowd || queue > usize::from(stream.waits);
+        // Who seldom sends goes first, and who has sent in this turn after those that wait.
+        let seldom = !stream.held && stream.sent + 1 < self.turn;
+        let backlog = if seldom { BACKLOG + PRIORITY } else { BACKLOG };
+        let full = self.credit <= 0 || self.out.len() >= backlog || (crowd && stream.sent == self.turn);
         let most = stream.credit.min(self.credit);
         if most <= 0 || full {
             stream.writer = Some(cx.waker().clone());
             if full {
-                self.waiting.push_back(id);
+                stream.held = true;
+                if !std::mem::replace(&mut stream.waits, true) {
+                    let queue =
+                        if stream.sent == self.turn { &mut self.served } else { &mut self.waiting };
+                    queue.push_back(id);
+                }
             }
             return Poll::Pending;
         }
-        let n = data.len().min(QUANTUM).min(usize::try_from(most).unwrap_or(QUANTUM));
-        stream.credit -= n as i64;
-        self.credit -= n as i64;
+        let share = if crowd { SHARE } else { QUANTUM };
+        Poll::Ready(Ok(usize::try_from(most).unwrap_or(share).min(share)))
+    }
+
+    fn spend(&mut self, id: u32, bytes: usize) {
+        self.credit -= bytes as i64;
+        if let Some(stream) = self.streams.get_mut(&id) {
+            stream.credit -= bytes as i64;
+            stream.sent = self.turn;
+            stream.held = false;
+        }
+        self.flood.sent();
+        self.wake_driver();
+    }
+
+    /// Takes as much as windows and backlog allow.
+    pub(in crate::hbone) fn write(
+        &mut self,
+        id: u32,
+        data: &[u8],
+        cx: &mut Context<'_>,
+    ) -> Poll<io::Result<usize>> {
+        if data.is_empty() {
+            return Poll::Ready(Ok(0));
+        }
+        let n = data.len().min(ready!(self.room(id, cx))?);
         for part in data[..n].chunks(self.peer_frame.min(self.settings.frame)) {
             frame::head(&mut self.out, part.len(), kind::DATA, 0, id);
             self.out.extend_from_slice(part);
-            self.flood.sent();
+            self.spend(id, part.len());
         }
-        self.wake_driver();
+        Poll::Ready(Ok(n))
+    }
+
+    /// Lets `read` put what it has straight into a frame, as much as windows and backlog allow; 0 where it is at its
+    /// end.
+    pub(in crate::hbone) fn fill(
+        &mut self,
+        id: u32,
+        cx: &mut Context<'_>,
+        read: impl FnOnce(&mut Context<'_>, &mut Limit<&mut Vec<u8>>) -> Poll<io::Result<usize>>,
+    ) -> Poll<Result<usize, Failed>> {
+        let room = ready!(self.room(id, cx)).map_err(Failed::Writer)?;
+        let most = room.min(self.peer_frame).min(self.settings.frame);
+        let before = self.out.len();
+        self.out.reserve(frame::HEAD + most);
+        frame::head(&mut self.out, 0, kind::DATA, 0, id);
+        let read = read(cx, &mut (&mut self.out).limit(most));
+        let n = match read {
+            Poll::Ready(Ok(n)) if n > 0 => n,
+            nothing => {
+                self.out.truncate(before);
+                return nothing.map_err(Failed::Reader);
+            }
+        };
+        frame::set_length(&mut self.out[before..], n);
+        self.spend(id, n);
         Poll::Ready(Ok(n))
     }
 
