@@ -160,8 +160,7 @@ impl Core {
             if full {
                 stream.held = true;
                 if !std::mem::replace(&mut stream.waits, true) {
-                    let queue =
-                        if stream.sent == self.turn { &mut self.served } else { &mut self.waiting };
+                    let queue = if stream.sent == self.turn { &mut self.served } else { &mut self.waiting };
                     queue.push_back(id);
                 }
             }
