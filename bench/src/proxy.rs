@@ -13,6 +13,7 @@ mod envoy;
 mod ground;
 mod haproxy;
 mod load;
+mod lookup;
 mod parts;
 mod pki;
 mod report;

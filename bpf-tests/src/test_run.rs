@@ -42,6 +42,19 @@ struct Attr {
 /// # Errors
 /// There is no such program, or the kernel refuses the frame.
 pub fn run(bpf: &Ebpf, name: &str, frame: &[u8]) -> Result<u32> {
+    Ok(test_run(bpf, name, frame, 1)?.retval)
+}
+
+/// As [`run`], so often in a row: the verdict, and how many nanoseconds one run took.
+///
+/// # Errors
+/// As [`run`].
+pub fn time(bpf: &Ebpf, name: &str, frame: &[u8], repeat: u32) -> Result<(u32, u32)> {
+    let done = test_run(bpf, name, frame, repeat)?;
+    Ok((done.retval, done.duration))
+}
+
+fn test_run(bpf: &Ebpf, name: &str, frame: &[u8], repeat: u32) -> Result<Attr> {
     let Some(Program::SchedClassifier(program)) = bpf.program(name) else {
         bail!("no packet program {name}");
     };
@@ -50,7 +63,7 @@ pub fn run(bpf: &Ebpf, name: &str, frame: &[u8]) -> Result<u32> {
         prog_fd: fd.cast_unsigned(),
         data_size_in: u32::try_from(frame.len())?,
         data_in: frame.as_ptr() as u64,
-        repeat: 1,
+        repeat,
         ..Attr::default()
     };
     // SAFETY: the attribute and the frame live through the call, and their sizes are told.
@@ -58,5 +71,5 @@ pub fn run(bpf: &Ebpf, name: &str, frame: &[u8]) -> Result<u32> {
     if result < 0 {
         return Err(io::Error::last_os_error()).context("BPF_PROG_TEST_RUN");
     }
-    Ok(attr.retval)
+    Ok(attr)
 }

@@ -16,6 +16,7 @@ use weft_tests::lab::run;
 use super::{
     account,
     ground::{self, BULK, H2, HTTP},
+    lookup,
     subject::{Running, Subject},
 };
 
@@ -63,11 +64,13 @@ pub(crate) enum Load {
     NearBulk,
     /// [`Self::Connect`] to it.
     NearConnect,
+    /// The kernel's judgement of packets.
+    Lookup,
 }
 
 impl Load {
     /// All, in the order in which they run: what fills memory comes last.
-    pub(crate) const ALL: [Self; 19] = [
+    pub(crate) const ALL: [Self; 20] = [
         Self::Start,
         Self::Tunnel,
         Self::Idle,
@@ -82,6 +85,7 @@ impl Load {
         Self::NearRate,
         Self::NearBulk,
         Self::NearConnect,
+        Self::Lookup,
         Self::Held64,
         Self::Held1024,
         Self::Held8000,
@@ -94,7 +98,9 @@ impl Load {
         match self {
             Self::Start => subject != Subject::Direct,
             Self::H1 | Self::H2 => true,
-            Self::Held64 | Self::Held1024 | Self::Held8000 | Self::Tunnel => subject == Subject::Weft,
+            Self::Held64 | Self::Held1024 | Self::Held8000 | Self::Tunnel | Self::Lookup => {
+                subject == Subject::Weft
+            }
             Self::NearH1 | Self::NearRate | Self::NearBulk | Self::NearConnect => {
                 matches!(subject, Subject::Weft | Subject::Direct)
             }
@@ -116,7 +122,7 @@ pub(crate) struct Sample {
     pub(crate) errors: f64,
     /// Median latency, microseconds.
     pub(crate) p50_us: f64,
-    /// 99th percentile, microseconds.
+    /// 99th percentile, microseconds; of [`Load::Lookup`], what is not at hand.
     pub(crate) p99_us: f64,
     /// Processor seconds of the subject's processes at both ends.
     pub(crate) cpu_s: f64,
@@ -167,6 +173,10 @@ fn drive(load: Load, running: &Running<'_>, seconds: u32) -> Result<Sample> {
         Load::NearH1 => wrk(running, near(HTTP)?, 64, seconds),
         Load::NearRate => rate(running, near(HTTP)?, seconds),
         Load::NearBulk => bulk(running, near(BULK)?, 1, seconds),
+        Load::Lookup => {
+            let (hot, cold) = lookup::measure()?;
+            Ok(Sample { n: 1.0, p50_us: hot / 1e3, p99_us: cold / 1e3, ..Sample::default() })
+        }
         Load::NearConnect => own(running, near(HTTP)?, &["connect", "8", &seconds.to_string()]),
         Load::Tunnel => tunnels(running),
         Load::H2 => h2load(running, seconds),

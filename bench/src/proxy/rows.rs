@@ -81,8 +81,8 @@ pub(crate) struct Row {
 pub(crate) fn all() -> Vec<Row> {
     use Bound::{AtLeast, AtMost};
     use Load::{
-        Bulk1, Bulk8, Connect, H1, H2, Held64, Held1024, Held8000, Idle, Mixed, NearBulk, NearConnect,
-        NearH1, NearRate, Rate, Stalled16, Stalled200, Start, Tunnel,
+        Bulk1, Bulk8, Connect, H1, H2, Held64, Held1024, Held8000, Idle, Lookup, Mixed, NearBulk,
+        NearConnect, NearH1, NearRate, Rate, Stalled16, Stalled200, Start, Tunnel,
     };
     use Metric::{Answered, Cpu, CpuPerGb, Held, P50, P99, Rss};
     use Subject::{Direct, HaproxyL7, Splice, Weft, WeftL7};
@@ -284,6 +284,14 @@ pub(crate) fn all() -> Vec<Row> {
             AtLeast(0.95),
             AtLeast(0.98),
         ),
+        row(
+            "kernel judgement of a packet, 100k rows, hot: µs",
+            (Weft, Lookup, P50),
+            Vec::new(),
+            AtMost(0.18),
+            AtMost(0.1),
+        ),
+        row("the same, cold: µs", (Weft, Lookup, P99), Vec::new(), AtMost(0.8), AtMost(0.5)),
         row(
             "64 -> 1,024 connections: CPU per request grows",
             (Weft, Held1024, Cpu),
