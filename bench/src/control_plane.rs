@@ -290,6 +290,7 @@ impl<'o> Bench<'o> {
     async fn churn(&mut self) -> Result<()> {
         self.operator.forget_peak()?;
         let (begin, cpu, before) = (Instant::now(), self.operator.cpu()?, self.fleet()?.received());
+        let kib = self.fleet()?.kib();
         let (sum, count) = self.published().await?;
         let (mesh, options) = (self.mesh.clone(), self.options);
         let rollout = rollout(&mesh, options).fuse();
@@ -337,6 +338,8 @@ impl<'o> Bench<'o> {
         self.report.add(format!("{what}: operator's processor use"), share, "% of a core");
         let messages = (self.fleet()?.received().0 - before.0) as f64 / took / self.fleet()?.len() as f64;
         self.report.add(format!("{what}: messages to each agent"), messages, "/s");
+        let kib = (self.fleet()?.kib() - kib) / took;
+        self.report.add(format!("{what}: sent to each agent"), kib, "KiB/s");
         let (_, peak) = self.operator.memory()?;
         self.report.must(format!("{what}: operator's memory (peak)"), peak, "MiB", (500.0, 300.0));
         Ok(())

@@ -64,14 +64,14 @@ pub struct Workload {
     /// The node it runs on.
     pub node: Arc<str>,
     /// The node's zone, empty where unknown.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "str::is_empty")]
     pub zone: Arc<str>,
     /// Its labels.
     pub labels: BTreeMap<String, String>,
     /// Its addresses.
     pub addresses: Vec<IpAddr>,
     /// Container ports by name.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub named_ports: BTreeMap<String, u16>,
     /// How the mesh treats it.
     pub mode: Mode,
@@ -79,12 +79,13 @@ pub struct Workload {
     #[serde(default)]
     pub fail_mode: FailMode,
     /// The policies that select it, sorted by name.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub policies: Vec<NamespacedName>,
     /// True where a NetworkPolicy selects it: the same-node shortcut then steps aside.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub network_policy: bool,
     /// The path of its network namespace; set only by the directory source.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub netns: Option<String>,
     /// Of a node ([`Self::is_node`]): its addresses, which others share and nobody is reached at.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]

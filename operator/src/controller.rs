@@ -40,6 +40,9 @@ pub(crate) struct Overview {
 const PACE: Duration = Duration::from_micros(100);
 /// The longest of these intervals.
 const MAX_PACE: Duration = Duration::from_millis(200);
+/// How many of these intervals the next of a row waits at most where agents have not taken the last one yet: while they
+/// do not keep up, what lies in between would only be more work for them.
+const BACKLOG: u32 = 10;
 
 pub(crate) struct Controller {
     pub(crate) index: Index,
@@ -69,7 +72,14 @@ impl Controller {
                 ready.ready();
             }
             let agents = u32::try_from(self.metrics.streams.get()).unwrap_or_default();
-            sleep(PACE.saturating_mul(agents).min(MAX_PACE)).await;
+            let pace = PACE.saturating_mul(agents).min(MAX_PACE);
+            sleep(pace).await;
+            for _ in 1..BACKLOG {
+                if !self.distribution.backlog() {
+                    break;
+                }
+                sleep(pace).await;
+            }
         }
     }
 

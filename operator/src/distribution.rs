@@ -157,6 +157,13 @@ impl Distribution {
         self.current.borrow().clone()
     }
 
+    /// Whether more than a tenth of the agents have not taken the newest version yet.
+    pub fn backlog(&self) -> bool {
+        let newest = self.current().map_or(0, |current| current.version.sequence);
+        let (behind, all) = self.nodes.behind(newest);
+        behind * 10 > all
+    }
+
     /// When a kept version's change was noticed.
     pub fn noticed(&self, version: Version) -> Option<Instant> {
         let current = self.current()?;
@@ -209,9 +216,12 @@ impl Snapshot {
 }
 
 impl Published {
-    /// Whether `node` is told more of it than others.
-    fn tells_more(&self, node: &str) -> bool {
-        matches!(&self.resource, Resource::Workload(w) if w.netns.is_some() && *w.node == *node)
+    /// The node that is told more of it than the others.
+    fn tells_more(&self) -> Option<&Arc<str>> {
+        match &self.resource {
+            Resource::Workload(w) if w.netns.is_some() => Some(&w.node),
+            _ => None,
+        }
     }
 
     /// The resource as `node` gets it, as JSON: only a Pod's own node learns where its namespace is.
@@ -219,7 +229,7 @@ impl Published {
     /// # Errors
     /// When it does not serialise.
     pub fn json(&self, node: &str) -> Result<Bytes, serde_json::Error> {
-        if !self.tells_more(node) {
+        if self.tells_more().is_none_or(|own| **own != *node) {
             return self.foreign();
         }
         let [own, _] = &*self.json;

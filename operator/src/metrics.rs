@@ -111,9 +111,8 @@ pub(crate) struct Behind(pub(crate) Arc<Distribution>);
 impl Collector for Behind {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
         let newest = self.0.current().map_or(0, |c| c.version.sequence);
-        let states = self.0.nodes.states();
-        let behind = states.values().filter(|s| s.streams > 0 && s.acked.map_or(0, |a| a.sequence) < newest);
-        let gauge = ConstGauge::new(i64::try_from(behind.count()).unwrap_or(i64::MAX));
+        let (behind, _) = self.0.nodes.behind(newest);
+        let gauge = ConstGauge::new(i64::try_from(behind).unwrap_or(i64::MAX));
         let help = "Connected agents that do not enforce the newest version yet";
         gauge.encode(encoder.encode_descriptor(
             "weft_operator_agents_behind",

@@ -220,6 +220,7 @@ impl Lab {
     /// # Errors
     /// When it ends or is not ready in time.
     pub fn start_operator(&mut self) -> Result<()> {
+        self.forget_summary()?;
         let mut command = self.control.command(&self.bins, self.bins.path("weft-operator"));
         command.arg("--source").arg(format!("dir:{}", self.source.path().display()));
         command.arg("--state-dir").arg(self.state_dir());
@@ -231,7 +232,8 @@ impl Lab {
                 return Ok(Err(error));
             }
             ensure!(bundle.is_file(), "it has not written {}", bundle.display());
-            self.operator_admin("/readyz").map(|_| Ok(()))
+            self.operator_admin("/readyz")?;
+            self.summary().map(|_| Ok(()))
         })?
         .0?;
         self.operator = Some(operator);

@@ -64,6 +64,8 @@ struct Ledger {
     marks: Vec<(u16, Version)>,
     /// One full state, in bytes.
     full: usize,
+    /// All that it was sent, in bytes.
+    bytes: usize,
     problem: Option<String>,
 }
 
@@ -111,6 +113,11 @@ impl Fleet {
     pub(crate) fn received(&self) -> (u64, u64) {
         let ledger = self.ledger.lock();
         (ledger.messages, ledger.fulls)
+    }
+
+    /// What one agent was sent so far, in KiB.
+    pub(crate) fn kib(&self) -> f64 {
+        self.ledger.lock().bytes as f64 / 1024.0
     }
 
     /// One agent's full state as it travels, in MiB.
@@ -235,6 +242,7 @@ impl Agent {
             let mut answers = grpc.streaming(request, path, codec).await?.into_inner();
             backoff.reset();
             while let Some(answer) = answers.message().await? {
+                self.ledger.lock().bytes += answer.encoded_len();
                 if answer.full {
                     self.ledger.lock().full = answer.encoded_len();
                 } else {

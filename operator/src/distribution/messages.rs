@@ -1,7 +1,7 @@
 //! What is sent, as bytes: a message is made once for all agents that hold the same version.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     sync::{Arc, Weak},
 };
 
@@ -80,11 +80,43 @@ pub(super) struct Messages(Mutex<(HashMap<u64, Known>, usize)>);
 
 #[derive(Debug, Default)]
 struct Known {
-    /// About how long it is, in bytes.
-    size: Option<usize>,
+    difference: Option<Outline>,
     made: Weak<Encoded>,
     /// Holds it.
     _kept: Option<Arc<Encoded>>,
+}
+
+/// What is asked of a difference for each agent: to look at its resources for each would cost more than to send it.
+#[derive(Debug)]
+struct Outline {
+    /// About how long it is, in bytes.
+    size: usize,
+    /// The nodes that are told more than the others.
+    told_more: BTreeSet<Arc<str>>,
+}
+
+impl Outline {
+    fn new(difference: &Difference<'_>) -> Result<Self, serde_json::Error> {
+        let (mut size, mut told_more) = (0, BTreeSet::new());
+        for published in &difference.upserted {
+            size += published.foreign()?.len();
+            told_more.extend(published.tells_more().cloned());
+        }
+        Ok(Self { size, told_more })
+    }
+}
+
+impl Known {
+    fn outline(
+        &mut self,
+        difference: impl FnOnce() -> Result<Outline, serde_json::Error>,
+    ) -> Result<&Outline, serde_json::Error> {
+        let known = match self.difference.take() {
+            Some(known) => known,
+            None => difference()?,
+        };
+        Ok(self.difference.insert(known))
+    }
 }
 
 impl Snapshot {
@@ -95,12 +127,7 @@ impl Snapshot {
     pub fn size(&self, held: Version) -> Result<usize, MessageError> {
         let mut messages = self.messages.0.lock();
         let known = messages.0.entry(self.from(held)).or_default();
-        if let Some(size) = known.size {
-            return Ok(size);
-        }
-        let upserted = self.since(held).upserted;
-        let size = upserted.iter().try_fold(0, |sum, r| Ok(sum + r.foreign()?.len()));
-        size.inspect(|size| known.size = Some(*size)).map_err(MessageError::Json)
+        Ok(known.outline(|| Outline::new(&self.since(held)))?.size)
     }
 
     /// The message that leads `node` here from `held`.
@@ -108,18 +135,18 @@ impl Snapshot {
     /// # Errors
     /// When it cannot be made.
     pub fn message(&self, held: Version, node: &str) -> Result<Arc<Encoded>, MessageError> {
-        let difference = self.since(held);
-        // Only there it says more than elsewhere.
-        if difference.upserted.iter().any(|r| r.tells_more(node)) {
-            return self.encode(&difference, Some(node)).map(Arc::new);
-        }
         // Held while it is made: others that need the same shall not make it beside.
         let mut messages = self.messages.0.lock();
         let (known, kept) = &mut *messages;
         let known = known.entry(self.from(held)).or_default();
+        if known.outline(|| Outline::new(&self.since(held)))?.told_more.contains(node) {
+            drop(messages);
+            return self.encode(&self.since(held), Some(node)).map(Arc::new);
+        }
         if let Some(made) = known.made.upgrade() {
             return Ok(made);
         }
+        let difference = self.since(held);
         let made = Arc::new(self.encode(&difference, None)?);
         known.made = Arc::downgrade(&made);
         let length = made.pieces.iter().map(Bytes::len).sum::<usize>();

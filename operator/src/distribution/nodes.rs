@@ -62,6 +62,16 @@ impl Nodes {
         self.states.lock().clone()
     }
 
+    /// How many connected nodes have not acknowledged a version of this process, and how many are connected.
+    pub fn behind(&self, sequence: u64) -> (usize, usize) {
+        let states = self.states.lock();
+        let connected = states.values().filter(|s| s.streams > 0);
+        connected.fold((0, 0), |(behind, all), state| {
+            let late = state.acked.is_none_or(|acked| acked.sequence < sequence);
+            (behind + usize::from(late), all + 1)
+        })
+    }
+
     /// Notes an ack; false where it is of another epoch, or goes back.
     pub fn ack(&self, node: &str, version: Version, mut rejected: Vec<(String, String)>) -> bool {
         let mut states = self.states.lock();

@@ -93,6 +93,38 @@ fn only_a_pods_own_node_learns_its_namespace() {
 }
 
 #[test]
+fn its_own_nodes_message_says_more_than_the_others() {
+    let d = Distribution::new();
+    d.publish(state(&[pod("n1")]), Instant::now());
+    let now = d.current().unwrap();
+    let text = |node| {
+        let message = now.message(Version::default(), node).unwrap();
+        String::from_utf8_lossy(&message.pieces().concat()).into_owned()
+    };
+    for (node, told) in [("n2", false), ("n1", true), ("n3", false), ("n1", true)] {
+        assert_eq!(text(node).contains("/run/netns/web"), told, "{node}");
+    }
+}
+
+#[test]
+fn a_backlog_is_more_than_a_tenth_of_the_connected_agents() {
+    let d = Arc::new(Distribution::new());
+    let version = d.publish(state(&[policy("a", Action::Allow)]), Instant::now());
+    assert!(!d.backlog(), "nobody is connected");
+    let mut streams: Vec<_> =
+        (0..10).map(|n| nodes::Stream::open(&d, &format!("n{n}"), "1").unwrap()).collect();
+    assert!(d.backlog());
+    for stream in &streams[..9] {
+        d.nodes.ack(stream.node(), version, vec![]);
+    }
+    assert!(!d.backlog(), "one of ten");
+    streams.remove(0);
+    assert!(d.backlog(), "one of nine");
+    streams.pop();
+    assert!(!d.backlog(), "who is gone is waited for no more");
+}
+
+#[test]
 fn acks_of_another_epoch_do_not_count() {
     let d = Arc::new(Distribution::new());
     let epoch = d.epoch();

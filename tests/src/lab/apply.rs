@@ -1,7 +1,8 @@
 //! Changes while the mesh runs, and when they are enforced.
 
 use std::{
-    fs,
+    fs, io,
+    path::PathBuf,
     time::{Duration, Instant},
 };
 
@@ -79,6 +80,15 @@ impl Lab {
         self.wait_enforced(&before)
     }
 
+    /// Waits until both nodes enforce what the operator that runs has read.
+    ///
+    /// # Errors
+    /// When one does not within `limit`, or rejects something.
+    pub fn wait_settled(&self, limit: Duration) -> Result<()> {
+        let look = || self.enforced_since(&self.summary()?, 0);
+        wait::until(limit, "both nodes to enforce what the operator holds", look).map(drop)
+    }
+
     fn wait_enforced(&self, before: &Value) -> Result<()> {
         let sequence = before["sequence"].as_u64().unwrap_or(0);
         wait::until_every(Duration::from_micros(500), LIMIT, "both nodes to enforce the change", || {
@@ -97,14 +107,15 @@ impl Lab {
 
     fn enforced_since(&self, summary: &Value, before: u64) -> Result<()> {
         let sequence = summary["sequence"].as_u64().unwrap_or(0);
-        ensure!(sequence > before, "the operator is still at version {sequence}");
+        ensure!(sequence > before, "the operator is still at version {sequence}, as before the change");
         for node in self.nodes() {
             let line = summary["nodes"]
                 .as_array()
                 .into_iter()
                 .flatten()
                 .find(|line| line["node"] == node.name.as_str());
-            let at = line.and_then(|line| line["version"]["sequence"].as_u64()).unwrap_or(0);
+            let version = line.map(|line| &line["version"]).filter(|held| held["epoch"] == summary["epoch"]);
+            let at = version.and_then(|held| held["sequence"].as_u64()).unwrap_or(0);
             ensure!(at >= sequence, "{} is at version {at} of {sequence}", node.name);
             let rejected =
                 line.and_then(|line| line["rejected"].as_array()).is_some_and(|list| !list.is_empty());
@@ -118,9 +129,25 @@ impl Lab {
     /// # Errors
     /// When there is none yet.
     pub fn summary(&self) -> Result<Value> {
-        let path = self.source().path().join("status/summary.json");
+        let path = self.summary_path();
         let bytes = fs::read(&path).with_context(|| format!("read {}", path.display()))?;
         serde_json::from_slice(&bytes).context("the operator's summary")
+    }
+
+    /// Removes the summary that an operator left which runs no more: what is read after it is the next one's, whose
+    /// versions count from the beginning.
+    pub(super) fn forget_summary(&self) -> Result<()> {
+        let path = self.summary_path();
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(error).with_context(|| format!("remove {}", path.display()))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn summary_path(&self) -> PathBuf {
+        self.source().path().join("status/summary.json")
     }
 
     /// A condition of an object: its status and message.
