@@ -12,6 +12,10 @@ use weft_agent::{
 };
 use weft_runtime::telemetry;
 
+/// glibc's keeps what thousands of connections needed once; how this one is set stands in `.cargo/config.toml`.
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let json = cli.run.as_ref().is_some_and(|c| c.log_json);

@@ -22,6 +22,12 @@ use super::{
 
 /// Requests per second of the loads with a fixed rate.
 const RATE: u32 = 1_000;
+/// How long a subject may take at most to do with the load before.
+const SETTLE: Duration = Duration::from_secs(5);
+/// How often it is looked at.
+const LOOK: Duration = Duration::from_millis(100);
+/// Of one processor, what a subject that rests may use.
+const QUIET: f64 = 0.05;
 
 /// A load. Its name is its key in the results.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -141,6 +147,7 @@ pub(crate) struct Sample {
 /// # Errors
 /// When a tool fails or says nothing that can be read.
 pub(crate) fn measure(load: Load, running: &Running<'_>, seconds: u32) -> Result<Sample> {
+    settle(running)?;
     let rss_before_mib = account::rss_mib(&running.cgroups)?;
     let everything = [running.ground.lab.record().cgroup.clone()];
     let (cpu, all, machine, start) =
@@ -159,6 +166,22 @@ pub(crate) fn measure(load: Load, running: &Running<'_>, seconds: u32) -> Result
         sample.rss_mib = account::rss_mib(&running.cgroups)?;
     }
     Ok(sample)
+}
+
+/// Waits until the subject has done with the load before: what 8,000 connections leave to be closed is none of the next
+/// one's.
+fn settle(running: &Running<'_>) -> Result<()> {
+    let end = Instant::now() + SETTLE;
+    let mut before = account::cpu(&running.cgroups)?;
+    while Instant::now() < end {
+        std::thread::sleep(LOOK);
+        let now = account::cpu(&running.cgroups)?;
+        if now - before < QUIET * LOOK.as_secs_f64() {
+            return Ok(());
+        }
+        before = now;
+    }
+    Ok(())
 }
 
 fn drive(load: Load, running: &Running<'_>, seconds: u32) -> Result<Sample> {
