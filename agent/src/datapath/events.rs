@@ -10,7 +10,10 @@ use std::{
 };
 
 use aya::maps::{Map, MapData, RingBuf};
-use tokio::io::unix::AsyncFd;
+use tokio::{
+    io::unix::AsyncFd,
+    time::{Duration, Instant, sleep_until},
+};
 use weft_core::{SubjectId, flow::Reason};
 use weft_ebpf_common::{
     Event,
@@ -23,6 +26,10 @@ use super::{
     maps::{Maps, pin_path},
     probe,
 };
+
+/// How long the first record of a row waits for others. The kernel wakes a reader only where it has read everything, so
+/// this bounds the wake-ups, of which there would be one for each connection.
+const GATHER: Duration = Duration::from_millis(10);
 
 /// Which hook saw it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -181,6 +188,17 @@ pub fn fuzz(bytes: &[u8]) -> Option<KernelEvent> {
 pub struct EventStream {
     ring: AsyncFd<Ring>,
     taken: Arc<AtomicBool>,
+    state: Reading,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Reading {
+    /// Everything was read.
+    Done,
+    /// There is something, to be read from then on.
+    From(Instant),
+    /// Until there is nothing left.
+    Now,
 }
 
 struct Ring(RingBuf<MapData>);
@@ -210,7 +228,7 @@ impl EventStream {
             Ok(unsafe { AsyncFd::register_with_interest(Ring(ring), tokio::io::Interest::READABLE) }?)
         };
         match open() {
-            Ok(ring) => Ok(Self { ring, taken: taken.clone() }),
+            Ok(ring) => Ok(Self { ring, taken: taken.clone(), state: Reading::Done }),
             Err(error) => {
                 taken.store(false, Ordering::Release);
                 Err(DatapathError::Events { reason: error.to_string() })
@@ -225,6 +243,13 @@ impl EventStream {
     pub async fn next(&mut self) -> std::io::Result<KernelEvent> {
         loop {
             let mut guard = self.ring.readable_mut().await?;
+            if let Reading::Done = self.state {
+                self.state = Reading::From(Instant::now() + GATHER);
+            }
+            if let Reading::From(due) = self.state {
+                sleep_until(due).await;
+                self.state = Reading::Now;
+            }
             while let Some(item) = guard.get_inner_mut().0.next() {
                 let event = KernelEvent::parse(&item);
                 if let Some(event) = event.filter(|event| !probe::dialled(event.destination.ip())) {
@@ -232,6 +257,7 @@ impl EventStream {
                 }
             }
             guard.clear_ready();
+            self.state = Reading::Done;
         }
     }
 }
