@@ -6,7 +6,7 @@
     reason = "helpers of tests are tests"
 )]
 
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use aya::Ebpf;
 use weft_bpf_tests::{
@@ -15,8 +15,9 @@ use weft_bpf_tests::{
     tables::{FAMILIES, Family, Maps, OWN, PEER, own_pod},
     test_run::{DROP, PASS, run},
 };
-use weft_ebpf_common::codes::{
-    event, info, map, outcome, pod, program, proto, reason, stat, subject, verdict,
+use weft_ebpf_common::{
+    Pod, addr,
+    codes::{event, info, map, outcome, pod, program, proto, reason, stat, subject, verdict},
 };
 
 const FROM: &str = program::FROM_POD;
@@ -62,6 +63,33 @@ fn a_forged_source_never_leaves() {
         && told.verdict == outcome::DENIED
         && told.src_subject == OWN));
     assert_eq!(maps.counts().unwrap().iter().map(|(_, count)| count).sum::<u64>(), 4);
+}
+
+/// What belongs to a connection is not judged, and yet comes from the Pod's own address alone: the unspecified one stands
+/// for the family that a Pod has not.
+#[test]
+fn segments_of_a_connection_come_from_the_pods_own_address() {
+    let mut bpf = world(pod::PERMISSIVE, info::LOCAL);
+    let ack = |from: IpAddr, to: IpAddr| Packet::new(from, to, Body::Tcp(1, 80, ACK));
+    expect(&mut bpf, FROM, PASS, |family| ack(family.own, family.peer));
+    expect(&mut bpf, FROM, DROP, |family| ack(family.world, family.peer));
+    let pod = own_pod(pod::PERMISSIVE);
+    Maps(&mut bpf).set(map::VETHS, 1_u32, Pod { ip4: addr::NONE, ip6: addr::NONE, ..pod }).unwrap();
+    expect(&mut bpf, FROM, DROP, |family| {
+        let unspecified = match family.own {
+            IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+            IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+        };
+        ack(unspecified, family.peer)
+    });
+    expect(&mut bpf, FROM, DROP, |family| ack(family.own, family.peer));
+    assert_eq!(Maps(&mut bpf).stat(stat::SPOOFED).unwrap(), 6);
+    expect(&mut bpf, TO, DROP, |family| {
+        let loopback =
+            if family.own.is_ipv4() { IpAddr::from([127, 0, 0, 6]) } else { Ipv6Addr::LOCALHOST.into() };
+        ack(loopback, family.own)
+    });
+    expect(&mut bpf, TO, PASS, |family| ack(family.world, family.own));
 }
 
 #[test]

@@ -177,6 +177,25 @@ fn parse6(packet: &impl Load, offset: u32) -> Option<Packet> {
     None
 }
 
+/// Source and flags of a whole TCP segment behind an Ethernet header, where its headers have no options between them:
+/// as [`parse`] reads them, and nearly all packets are such. The offsets are constants, so that a packet's memory can be
+/// read in place.
+#[inline(always)]
+pub fn plain_segment(packet: &impl Load, ethertype: u16) -> Option<(Addr, u8)> {
+    if ethertype == ETH_IP4 {
+        let header: [u8; 34] = packet.load(ETH_LEN)?;
+        // "Don't fragment" is no fragment.
+        let whole = header[6] & 0x3f == 0 && header[7] == 0;
+        (header[0] == 0x45 && whole && header[9] == TCP)
+            .then(|| (addr::v4([header[12], header[13], header[14], header[15]]), header[33]))
+    } else {
+        let header: [u8; 54] = packet.load(ETH_LEN)?;
+        let mut src = [0; 16];
+        src.copy_from_slice(&header[8..24]);
+        (header[0] >> 4 == 6 && header[6] == TCP).then_some((src, header[53]))
+    }
+}
+
 /// Reads ports and flags; false where the packet is too short for them.
 #[inline(always)]
 fn transport(packet: &impl Load, at: u32, parsed: &mut Packet) -> bool {

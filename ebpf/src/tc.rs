@@ -9,7 +9,7 @@ use weft_ebpf_common::{
     Addr, AddrInfo, FragKey, Pod, Probe, Tuple, addr,
     codes::{FLOW_IDLE_NS, FRAG_IDLE_NS, info, kind, pod, proto, reason, stat, verdict},
     judge::{Judgement, Query},
-    packet::{ETH_IP4, ETH_IP6, ETH_LEN, Load, Packet, fragment, parse, tcp},
+    packet::{ETH_IP4, ETH_IP6, ETH_LEN, Load, Packet, fragment, parse, plain_segment, tcp},
 };
 
 use crate::{
@@ -35,12 +35,37 @@ impl Load for Skb<'_> {
     }
 }
 
+/// A packet's memory, at offsets that are known when this is compiled; nothing where it is not all in one place.
+struct InPlace<'a>(&'a TcContext);
+
+impl Load for InPlace<'_> {
+    #[inline(always)]
+    fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
+        let start = self.0.data() + offset as usize;
+        if start + N > self.0.data_end() {
+            return None;
+        }
+        // SAFETY: the bounds were checked, as the verifier wants it; bytes have no alignment.
+        Some(unsafe { (start as *const [u8; N]).read() })
+    }
+}
+
+/// True for a segment that opens no connection and comes from where `from` allows: it is not judged.
+#[inline(always)]
+fn of_a_connection(ctx: &TcContext, ethertype: u16, from: impl FnOnce(&Addr) -> bool) -> bool {
+    plain_segment(&InPlace(ctx), ethertype)
+        .is_some_and(|(src, flags)| flags & (tcp::SYN | tcp::ACK) != tcp::SYN && from(&src))
+}
+
 /// What leaves a Pod.
 #[inline(always)]
 pub(crate) fn from_pod(ctx: &TcContext) -> i32 {
     let Some((own, ethertype)) = subject_to_judgement(ctx) else {
         return TC_ACT_UNSPEC;
     };
+    if of_a_connection(ctx, ethertype, |src| has(own, src)) {
+        return TC_ACT_UNSPEC;
+    }
     let Some(packet) = parse(&Skb(ctx), ETH_LEN, ethertype) else {
         return drop_with(own, Way::Out, stat::EXT_HDR_DROPPED, reason::UNSUPPORTED);
     };
@@ -59,6 +84,9 @@ pub(crate) fn to_pod(ctx: &TcContext) -> i32 {
     let Some((own, ethertype)) = subject_to_judgement(ctx) else {
         return TC_ACT_UNSPEC;
     };
+    if of_a_connection(ctx, ethertype, |src| !addr::is_loopback(src)) {
+        return TC_ACT_UNSPEC;
+    }
     let Some(packet) = parse(&Skb(ctx), ETH_LEN, ethertype) else {
         return drop_with(own, Way::In, stat::EXT_HDR_DROPPED, reason::UNSUPPORTED);
     };
@@ -97,10 +125,13 @@ fn own_source(own: &Pod, packet: &Packet) -> bool {
         // Duplicate address detection and MLD before there is an address.
         return packet.control && !addr::is_v4(&packet.src);
     }
-    if addr::same(&packet.src, &own.ip4) || addr::same(&packet.src, &own.ip6) {
-        return true;
-    }
-    addr::is_link_local6(&packet.src) && packet.control
+    has(own, &packet.src) || (addr::is_link_local6(&packet.src) && packet.control)
+}
+
+/// The unspecified address is nobody's: it stands for the one that a Pod does not have.
+#[inline(always)]
+fn has(own: &Pod, address: &Addr) -> bool {
+    !addr::is_unspecified(address) && (addr::same(address, &own.ip4) || addr::same(address, &own.ip6))
 }
 
 #[inline(always)]

@@ -96,6 +96,36 @@ fn headers_cut_short_are_refused() {
 }
 
 proptest! {
+    /// What is read in place is what the whole reading says; and it says so of every plain segment.
+    #[test]
+    fn a_plain_segment_is_read_alike(
+        mut bytes in prop::collection::vec(any::<u8>(), 14..100),
+        six: bool,
+        plain in prop::bool::weighted(0.8),
+    ) {
+        if let Some(ip) = bytes.get_mut(14..).filter(|ip| plain && ip.len() >= 40) {
+            ip[0] = if six { 0x60 } else { 0x45 };
+            ip[if six { 6 } else { 9 }] = TCP;
+            if !six {
+                ip[6] &= 0x43;
+                ip[7] = 0;
+            }
+        }
+        let ethertype = if six { ETH_IP6 } else { ETH_IP4 };
+        let whole = parse(&&*bytes, ETH_LEN, ethertype);
+        match (plain_segment(&&*bytes, ethertype), whole) {
+            (Some((src, flags)), Some(whole)) => {
+                prop_assert_eq!((src, flags, TCP), (whole.src, whole.tcp_flags, whole.proto));
+                prop_assert_eq!((whole.fragment, whole.control), (fragment::NONE, false));
+            }
+            (Some(_), None) => prop_assert!(false, "only in place"),
+            (None, Some(whole)) => prop_assert!(
+                whole.proto != TCP || whole.fragment != fragment::NONE || (six && bytes[14 + 6] != TCP)
+            ),
+            (None, None) => {}
+        }
+    }
+
     #[test]
     fn any_bytes_are_read_without_a_panic(mut bytes in prop::collection::vec(any::<u8>(), 1..200), six: bool) {
         bytes[0] = if six { 0x60 } else { 0x45 };
