@@ -13,7 +13,6 @@ mod envoy;
 mod ground;
 mod haproxy;
 mod load;
-mod lookup;
 mod parts;
 mod pki;
 mod report;

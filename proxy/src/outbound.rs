@@ -34,25 +34,50 @@ use resolve::{Resolved, Unresolved};
 
 /// Serves one accepted outbound connection.
 pub async fn serve(shared: Arc<Shared>, pod: Arc<Pod>, accepted: TcpStream) {
+    // Boxed: a connection lives longer than its set-up.
+    match Box::pin(set_up(shared, pod, accepted)).await {
+        Some((outbound, mut app, Served::Opaque(reached))) => outbound.copy(&mut app, reached).await,
+        // Boxed: its state is much larger than that of a connection whose bytes pass unseen.
+        Some((outbound, app, Served::Http { service, port })) => {
+            Box::pin(outbound.http(app, service, port)).await;
+        }
+        None => {}
+    }
+}
+
+/// How a connection is served.
+enum Served {
+    /// Its bytes pass unseen.
+    Opaque(Box<Reached>),
+    /// Its requests are looked at.
+    Http { service: NamespacedName, port: u16 },
+}
+
+/// Finds out what an application dialled, and reaches it where nothing more has to be known; what fails is recorded.
+async fn set_up(
+    shared: Arc<Shared>,
+    pod: Arc<Pod>,
+    accepted: TcpStream,
+) -> Option<(Outbound, Socket, Served)> {
     let original = match pod.net.original_dst(&accepted) {
         Ok(Some(original)) => original,
         Ok(None) => {
             shared.metrics.original_dst_missing.inc();
             let _reset = reset(accepted);
-            return;
+            return None;
         }
         Err(error) => {
             shared.metrics.original_dst_missing.inc();
             tracing::warn!(pod = %pod.uid, %error, "the kernel did not say what an application dialled");
             let _reset = reset(accepted);
-            return;
+            return None;
         }
     };
-    let Ok(peer) = accepted.peer_addr() else { return };
+    let peer = accepted.peer_addr().ok()?;
     let app = reset(accepted);
     let Some(source) = shared.wait(|state| state.workload(&pod.uid).cloned()).await else {
         tracing::warn!(pod = %pod.uid, "a connection was refused: nobody described its Pod");
-        return;
+        return None;
     };
     let outbound = Outbound {
         client: client_address(pod.net.addresses(), &source, original.address, peer),
@@ -61,7 +86,8 @@ pub async fn serve(shared: Arc<Shared>, pod: Arc<Pod>, accepted: TcpStream) {
         source,
         original,
     };
-    outbound.run(app).await;
+    let served = outbound.resolve().await?;
+    Some((outbound, app, served))
 }
 
 /// The application's socket, to be reset unless its connection ends well.
@@ -100,25 +126,31 @@ struct Outbound {
 }
 
 impl Outbound {
-    async fn run(self, app: Socket) {
+    async fn resolve(&self) -> Option<Served> {
         if let Some(reason) = self.forbidden() {
-            return self.refuse(reason);
+            self.refuse(reason);
+            return None;
         }
         let address = self.address();
-        let shared = self.shared.clone();
         // An address of the mesh that nobody described yet is held: the Pod may just be starting.
-        let held = shared
+        let held = self
+            .shared
             .wait(|state| match resolve::resolve(state, &self.source, address) {
                 Err(Unresolved::Unknown) => None,
                 answer => Some(answer),
             })
             .await;
         match held.unwrap_or(Err(Unresolved::Unknown)) {
-            // Boxed: its state is much larger than that of a connection whose bytes pass unseen.
-            Ok(Resolved::Http { service, port }) => Box::pin(self.http(app, service, port)).await,
-            Ok(Resolved::Opaque(targets)) => self.opaque(app, targets).await,
-            Err(Unresolved::Unknown) => self.refuse(Reason::UnknownPeer),
-            Err(Unresolved::Refused(reason)) => self.refuse(reason),
+            Ok(Resolved::Http { service, port }) => Some(Served::Http { service, port }),
+            Ok(Resolved::Opaque(targets)) => self.reach_one(&targets).await.map(Served::Opaque),
+            Err(Unresolved::Unknown) => {
+                self.refuse(Reason::UnknownPeer);
+                None
+            }
+            Err(Unresolved::Refused(reason)) => {
+                self.refuse(reason);
+                None
+            }
         }
     }
 
@@ -231,22 +263,24 @@ impl Outbound {
         }
     }
 
-    async fn opaque(&self, mut app: Socket, targets: Vec<Target>) {
-        let Some((target, alternate)) = self.pod.balancer.choose(&targets, |t| t.address) else {
-            return self.refuse(Reason::NoEndpoint);
+    /// Connects to one of the endpoints, to another where the first cannot be had.
+    async fn reach_one(&self, targets: &[Target]) -> Option<Box<Reached>> {
+        let Some((target, alternate)) = self.pod.balancer.choose(targets, |t| t.address) else {
+            self.refuse(Reason::NoEndpoint);
+            return None;
         };
         for target in std::iter::once(target).chain(alternate) {
-            // Boxed: a connection lives longer than its set-up.
-            match Box::pin(self.reach(target)).await {
-                Ok(reached) => return self.copy(&mut app, reached).await,
+            match self.reach(target).await {
+                Ok(reached) => return Some(reached),
                 Err(reason) if connect::worth_another(reason) => {}
-                Err(_) => return,
+                Err(_) => return None,
             }
         }
+        None
     }
 
     /// Connects to one endpoint; a failure is recorded.
-    async fn reach(&self, target: &Target) -> Result<Reached, Reason> {
+    async fn reach(&self, target: &Target) -> Result<Box<Reached>, Reason> {
         let (traffic, pair, mut session) = self.session(Some(target));
         let mut registration = self.register(target.workload.as_deref());
         let lease = self.pod.balancer.lease(target.address);
@@ -264,7 +298,7 @@ impl Outbound {
                     let identity = target.workload.as_ref().map(|w| w.identity.clone());
                     session.record.destination.identity = identity;
                 }
-                Ok(Reached { upstream, session, registration, traffic, _lease: lease })
+                Ok(Box::new(Reached { _lease: lease, traffic, registration, session, upstream }))
             }
             Err(error) => {
                 pair.failed(error.reason);
@@ -275,13 +309,13 @@ impl Outbound {
         }
     }
 
-    async fn copy(&self, app: &mut Socket, reached: Reached) {
-        let Reached { mut upstream, mut session, mut registration, traffic, _lease } = reached;
+    async fn copy(&self, app: &mut Socket, mut reached: Box<Reached>) {
+        let Reached { upstream, session, registration, traffic, .. } = &mut *reached;
         session.opened();
         let upstream_cut = upstream.cut();
         upstream_cut.set(true);
         let copied = tokio::select! {
-            copied = copy::both(app, &mut upstream, &traffic, self.shared.config.idle_timeout) => copied,
+            copied = copy::both(app, upstream, traffic, self.shared.config.idle_timeout) => copied,
             reason = registration.cut() => return session.fail(reason),
         };
         match copied {
@@ -301,11 +335,11 @@ impl Outbound {
     }
 }
 
-/// An endpoint that was connected to.
+/// An endpoint that was connected to. Its connection ends last, when everybody has been told.
 struct Reached {
-    upstream: Upstream,
-    session: Session,
-    registration: Registration,
-    traffic: Arc<Traffic>,
     _lease: Lease,
+    traffic: Arc<Traffic>,
+    registration: Registration,
+    session: Session,
+    upstream: Upstream,
 }

@@ -35,7 +35,10 @@ fn control_plane(args: &[&str]) -> Outcome {
 /// The node proxy beside its peers; what counts is built as images hold it.
 fn proxy(args: &[&str]) -> Outcome {
     let profile = if args.contains(&"--full") { Profile::Dist } else { Profile::Release };
-    bpf::build_programs(profile, &["weft-agent", "weft-operator", "weft-cli", "weft-tests", "weft-bench"])?;
+    bpf::build_programs(
+        profile,
+        &["weft-agent", "weft-operator", "weft-cli", "weft-tests", "weft-bench", "weft-bpf-tests"],
+    )?;
     let folder = profile.folder();
     let mut bench = sh::as_root(folder.join("weft-bench"))?;
     bench.arg("proxy").args(args).arg("--out").arg(sh::target().join("bench"));

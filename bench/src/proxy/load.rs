@@ -16,7 +16,6 @@ use weft_tests::lab::run;
 use super::{
     account,
     ground::{self, BULK, H2, HTTP},
-    lookup,
     subject::{Running, Subject},
 };
 
@@ -197,8 +196,10 @@ fn drive(load: Load, running: &Running<'_>, seconds: u32) -> Result<Sample> {
         Load::NearRate => rate(running, near(HTTP)?, seconds),
         Load::NearBulk => bulk(running, near(BULK)?, 1, seconds),
         Load::Lookup => {
-            let (hot, cold) = lookup::measure()?;
-            Ok(Sample { n: 1.0, p50_us: hot / 1e3, p99_us: cold / 1e3, ..Sample::default() })
+            let program = std::env::current_exe()?.with_file_name("weft-judgement");
+            let answer: Value = serde_json::from_str(&text(Command::new(program))?)?;
+            let micros = |name: &str| answer[name].as_f64().map(|ns| ns / 1e3).context("it says no time");
+            Ok(Sample { n: 1.0, p50_us: micros("hot_ns")?, p99_us: micros("cold_ns")?, ..Sample::default() })
         }
         Load::NearConnect => own(running, near(HTTP)?, &["connect", "8", &seconds.to_string()]),
         Load::Tunnel => tunnels(running),

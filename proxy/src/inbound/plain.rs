@@ -48,7 +48,8 @@ pub async fn serve(shared: Arc<Shared>, pod: Arc<Pod>, accepted: TcpStream) {
         credentials: None,
         validity: None,
     };
-    match admit(&shared, &pod, arrival).await {
+    // Boxed: a connection lives longer than its set-up.
+    match Box::pin(admit(&shared, &pod, arrival)).await {
         Ok(Admitted::Opaque(mut opened)) => match opaque(&shared, &mut accepted, &mut opened).await {
             Reason::None => cut.set(false),
             reason => opened.session.fail(reason),

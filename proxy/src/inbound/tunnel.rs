@@ -1,6 +1,6 @@
 //! Tunnels that other proxies open to a Pod of this node.
 
-use std::{net::SocketAddr, sync::Arc, time::SystemTime};
+use std::{net::SocketAddr, pin::Pin, sync::Arc, time::SystemTime};
 
 use http::StatusCode;
 use tokio::net::TcpStream;
@@ -53,14 +53,11 @@ pub async fn serve(shared: Arc<Shared>, pod: Arc<Pod>, socket: TcpStream) {
     server.share(&shared.proven, ends);
     let caller = Caller { session: server.session().clone(), peer, own };
     let serve = |incoming: Incoming| {
-        let (shared, pod, caller) = (shared.clone(), pod.clone(), caller.clone());
+        let (shared, pod) = (shared.clone(), pod.clone());
         let hold = shared.drain.hold();
+        let set_up: SetUp = Box::pin(set_up(shared.clone(), pod.clone(), caller.clone(), incoming));
         shared.tasks.clone().spawn("tunnel-stream", async move {
-            let closed = pod.clone();
-            tokio::select! {
-                () = stream(shared, pod, caller, incoming) => {}
-                () = closed.closed() => {}
-            }
+            stream(shared, pod, set_up).await;
             drop(hold);
         });
     };
@@ -81,16 +78,40 @@ struct Caller {
     own: SpiffeId,
 }
 
-async fn stream(shared: Arc<Shared>, pod: Arc<Pod>, caller: Caller, incoming: Incoming) {
+/// Boxed: a connection lives longer than its set-up.
+type SetUp = Pin<Box<dyn Future<Output = Option<(Admitted, Stream)>> + Send>>;
+
+/// One stream of a tunnel, until it ends or its Pod is closed.
+async fn stream(shared: Arc<Shared>, pod: Arc<Pod>, set_up: SetUp) {
+    let serve = async {
+        if let Some((admitted, stream)) = set_up.await {
+            forward(&shared, admitted, stream).await;
+        }
+    };
+    tokio::select! {
+        () = serve => {}
+        () = pod.closed() => {}
+    }
+}
+
+/// Judges a CONNECT, connects to the application, and answers.
+async fn set_up(
+    shared: Arc<Shared>,
+    pod: Arc<Pod>,
+    caller: Caller,
+    incoming: Incoming,
+) -> Option<(Admitted, Stream)> {
     if caller.session.validity.ended(SystemTime::now()) {
         // Nothing of it was done: the peer may ask again, under a new certificate.
-        return incoming.postpone();
+        incoming.postpone();
+        return None;
     }
     let problem = check(&shared, &pod, &caller, &incoming);
     if let Some(problem) = problem {
         shared.metrics.malformed.inc();
         tracing::info!(peer = %caller.peer, authority = %incoming.request().authority, problem, "a CONNECT was refused");
-        return incoming.refuse(StatusCode::BAD_REQUEST);
+        incoming.refuse(StatusCode::BAD_REQUEST);
+        return None;
     }
     let workload = match source(&shared, &caller).await {
         Ok(workload) => workload,
@@ -101,7 +122,8 @@ async fn stream(shared: Arc<Shared>, pod: Arc<Pod>, caller: Caller, incoming: In
                 peer = %caller.peer, expected = %claimed.identity, address = %caller.session.peer,
                 "a CONNECT was refused: the peer's identity is not that of the Pod with its address"
             );
-            return incoming.refuse(StatusCode::UNAUTHORIZED);
+            incoming.refuse(StatusCode::UNAUTHORIZED);
+            return None;
         }
     };
     let info = &incoming.request().source;
@@ -116,13 +138,18 @@ async fn stream(shared: Arc<Shared>, pod: Arc<Pod>, caller: Caller, incoming: In
         credentials: Some(caller.own.clone()),
         validity: Some(caller.session.validity.clone()),
     };
-    // Boxed: a connection lives longer than its set-up.
-    match Box::pin(admit(&shared, &pod, arrival)).await {
+    match admit(&shared, &pod, arrival).await {
         Ok(admitted) => match incoming.accept() {
-            Ok(stream) => forward(&shared, admitted, stream).await,
-            Err(error) => tracing::debug!(%error, "the peer went away before the answer"),
+            Ok(stream) => Some((admitted, stream)),
+            Err(error) => {
+                tracing::debug!(%error, "the peer went away before the answer");
+                None
+            }
         },
-        Err(error) => incoming.refuse(status(&error)),
+        Err(error) => {
+            incoming.refuse(status(&error));
+            None
+        }
     }
 }
 
@@ -237,4 +264,21 @@ pub(super) async fn serve_http<C: crate::l7::Io>(shared: &Arc<Shared>, mut http:
 
 fn canonical(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip().to_canonical(), address.port())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The size of what a function's future holds.
+    fn state<A, B, C, F>(_: impl Fn(A, B, C) -> F) -> usize {
+        size_of::<F>()
+    }
+
+    #[test]
+    fn a_stream_that_rests_holds_little() {
+        let size = state(stream);
+        assert!(size <= 1000, "{size} bytes for each stream, beside what was opened");
+        assert!(size_of::<Opened>() <= 720, "{} bytes of what was opened", size_of::<Opened>());
+    }
 }
