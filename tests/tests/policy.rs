@@ -8,6 +8,7 @@ use std::{
 };
 
 use anyhow::{Context as _, ensure};
+use nix::sys::signal::Signal;
 use weft_tests::{Lab, demo::calls, lab::Process, wait};
 
 const BANNER: u16 = 7001;
@@ -59,6 +60,20 @@ fn a_policy_change_cuts_live_connections_within_a_second() {
         let answer = lab.app("client", &["dial", "--to", &at(&lab, pod, port, false)]).unwrap();
         assert_eq!(answer["error"], "ConnectionRefused", "{pod}: {answer}");
     }
+}
+
+/// An agent may die between the rows that refuse new connections and the end of those that stand.
+#[test]
+fn what_stands_and_is_denied_ends_with_the_next_agent() {
+    let mut lab = lab();
+    let mut held = hold(&lab, "kernel", &at(&lab, "echo", 7000, false));
+    let mut agent = lab.node_mut("node-a").unwrap().agent.take().unwrap();
+    agent.signal(Signal::SIGKILL).unwrap();
+    agent.wait(Duration::from_secs(5)).unwrap();
+    lab.source().write("deny", DENY_CLIENT).unwrap();
+    held.check().expect("nobody is there to end it");
+    lab.start_agent("node-a").unwrap();
+    held.wait(Duration::from_secs(20)).unwrap();
 }
 
 #[test]

@@ -72,7 +72,7 @@ struct Step {
 pub(crate) fn setup() -> Outcome {
     let steps = steps();
     if steps.is_empty() {
-        sh::say("The toolchain is complete: a BPF compiler, bpf-linker, nginx and iproute2.");
+        sh::say("The toolchain is complete: a BPF compiler, bpf-linker, nginx, iproute2 and make.");
         return Ok(());
     }
     let seconds: u32 = steps.iter().map(|step| step.seconds).sum();
@@ -89,16 +89,12 @@ pub(crate) fn setup() -> Outcome {
 
 fn steps() -> Vec<Step> {
     let mut steps = Vec::new();
-    let programs: Vec<&str> = [("ip", "iproute2"), ("nginx", "nginx-light")]
-        .iter()
-        .filter(|(name, _)| sh::which(name).is_none())
-        .map(|(_, package)| *package)
-        .collect();
+    let programs = missing_programs();
     if !programs.is_empty() {
         steps.push(Step {
             what: format!(
-                "{} (the demo's network and web server), by apt-get as root",
-                programs.join(" and ")
+                "{} (the demo's network and web server, and what builds the agent's allocator), by apt-get as root",
+                programs.join(", ")
             ),
             seconds: 10,
             run: install_programs,
@@ -261,15 +257,14 @@ fn apt_install(packages: &[&str]) -> Outcome {
     apt(&install).or_else(|_| apt(&["update"]).and_then(|()| apt(&install)))
 }
 
+/// The packages of programs that are not here.
+fn missing_programs() -> Vec<&'static str> {
+    let needed = [("ip", "iproute2"), ("nginx", "nginx-light"), ("make", "make")];
+    needed.into_iter().filter(|(name, _)| sh::which(name).is_none()).map(|(_, package)| package).collect()
+}
+
 fn install_programs() -> Outcome {
-    let mut packages = Vec::new();
-    if sh::which("ip").is_none() {
-        packages.push("iproute2");
-    }
-    if sh::which("nginx").is_none() {
-        packages.push("nginx-light");
-    }
-    apt_install(&packages)
+    apt_install(&missing_programs())
 }
 
 fn install_debian() -> Outcome {

@@ -13,7 +13,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use futures_util::{StreamExt, stream::FuturesUnordered};
+use futures_util::{FutureExt as _, StreamExt as _, stream::FuturesUnordered};
 use tokio::time::Instant;
 use weft_core::flow::Reason;
 use weft_runtime::drain::DrainWatcher;
@@ -57,24 +57,32 @@ pub(crate) async fn serve<S: Service, I: Io>(io: I, service: &Arc<S>, limits: &L
     let mut known = Known::default();
     let mut closing = false;
     let mut quiet_since = Instant::now();
-    loop {
+    'serving: loop {
         let idle_end = quiet_since + limits.idle_timeout;
         tokio::select! {
-            accepted = conn.accept() => match accepted {
-                Some(Ok((request, respond))) => {
-                    let id = respond.stream_id().as_u32();
-                    known.live.insert(id);
-                    let serve = stream::serve(service.clone(), pool.clone(), limits, request, respond);
-                    streams.push(async move { (id, serve.await) });
-                }
-                // So broken that it is over. What was under way tells of its own end.
-                Some(Err(error)) => {
-                    if let Some(reason) = fault(&error) {
-                        failed(reason);
+            // As long as there are any: what one turn of all of them has to say goes out in one write.
+            mut accepted = conn.accept() => loop {
+                match accepted {
+                    Some(Ok((request, respond))) => {
+                        let id = respond.stream_id().as_u32();
+                        known.live.insert(id);
+                        // Boxed where it is made: it is large, and would be moved again and again.
+                        let serve = stream::serve(service.clone(), pool.clone(), limits, request, respond);
+                        streams.push(Box::pin(serve).map(move |outcome| (id, outcome)));
                     }
-                    break;
+                    // So broken that it is over. What was under way tells of its own end.
+                    Some(Err(error)) => {
+                        if let Some(reason) = fault(&error) {
+                            failed(reason);
+                        }
+                        break 'serving;
+                    }
+                    None => break 'serving,
                 }
-                None => break,
+                match conn.accept().now_or_never() {
+                    Some(next) => accepted = next,
+                    None => break,
+                }
             },
             Some((id, code)) = refused.recv() => if !known.contains(id) {
                 failed(refusal(code));
@@ -82,12 +90,16 @@ pub(crate) async fn serve<S: Service, I: Io>(io: I, service: &Arc<S>, limits: &L
                     conn.abrupt_shutdown(::h2::Reason::ENHANCE_YOUR_CALM);
                 }
             },
-            Some((id, outcome)) = streams.next(), if !streams.is_empty() => {
+            Some(ended) = streams.next(), if !streams.is_empty() => {
                 quiet_since = Instant::now();
-                known.ended(id);
-                if matches!(outcome, Outcome::ResetByCaller) && resets.too_many(limits.max_resets) {
-                    tracing::debug!(limit = limits.max_resets, "closing a HTTP/2 connection: too many resets");
-                    conn.abrupt_shutdown(::h2::Reason::ENHANCE_YOUR_CALM);
+                let mut ended = Some(ended);
+                while let Some((id, outcome)) = ended {
+                    known.ended(id);
+                    if matches!(outcome, Outcome::ResetByCaller) && resets.too_many(limits.max_resets) {
+                        tracing::debug!(limit = limits.max_resets, "closing a HTTP/2 connection: too many resets");
+                        conn.abrupt_shutdown(::h2::Reason::ENHANCE_YOUR_CALM);
+                    }
+                    ended = streams.next().now_or_never().flatten();
                 }
             }
             Some(driver) = opened.recv() => drivers.push(driver),
