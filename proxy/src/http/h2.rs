@@ -30,6 +30,8 @@ const CONNECTION_WINDOW: u32 = 1024 * 1024;
 const SEND_BUFFER: usize = 64 * 1024;
 /// The most bytes of a header list, as RFC 9113 section 6.5.2 counts them.
 const HEADER_LIST: u32 = 64 * 1024;
+/// The most streams that are taken in one turn, before those that were reset meanwhile are counted.
+const MAX_TURN: usize = 64;
 /// The span over which resets are counted.
 const RESET_SPAN: Duration = Duration::from_secs(10);
 
@@ -60,8 +62,8 @@ pub(crate) async fn serve<S: Service, I: Io>(io: I, service: &Arc<S>, limits: &L
     'serving: loop {
         let idle_end = quiet_since + limits.idle_timeout;
         tokio::select! {
-            // As long as there are any: what one turn of all of them has to say goes out in one write.
-            mut accepted = conn.accept() => loop {
+            // Many in a turn: what all of them have to say goes out in one write.
+            mut accepted = conn.accept() => for left in (0..MAX_TURN).rev() {
                 match accepted {
                     Some(Ok((request, respond))) => {
                         let id = respond.stream_id().as_u32();
@@ -79,7 +81,7 @@ pub(crate) async fn serve<S: Service, I: Io>(io: I, service: &Arc<S>, limits: &L
                     }
                     None => break 'serving,
                 }
-                match conn.accept().now_or_never() {
+                match (left > 0).then(|| conn.accept().now_or_never()).flatten() {
                     Some(next) => accepted = next,
                     None => break,
                 }
