@@ -53,15 +53,10 @@ pub struct Endpoint {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub workload: Option<WorkloadUid>,
     /// False while it should get no new connections.
-    #[serde(default = "yes", skip_serializing_if = "Clone::clone")]
     pub ready: bool,
     /// The node it is on; told only where that matters ([`Service::node_local`]).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub node: Option<Arc<str>>,
-}
-
-fn yes() -> bool {
-    true
 }
 
 /// A port of a Service at an address that is not the Service's alone: of a node, of a load balancer, or one of

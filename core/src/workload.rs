@@ -78,8 +78,8 @@ pub struct Workload {
     /// What happens to it when Weft cannot decide.
     #[serde(default)]
     pub fail_mode: FailMode,
-    /// The policies that select it, sorted by name.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    /// The policies that select it, sorted by name. Always written: earlier readers have no default for it.
+    #[serde(default)]
     pub policies: Vec<NamespacedName>,
     /// True where a NetworkPolicy selects it: the same-node shortcut then steps aside.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]

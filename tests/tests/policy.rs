@@ -62,7 +62,7 @@ fn a_policy_change_cuts_live_connections_within_a_second() {
     }
 }
 
-/// An agent may die between the rows that refuse new connections and the end of those that stand.
+/// While no agent runs nobody ends what policy came to deny; the next one does.
 #[test]
 fn what_stands_and_is_denied_ends_with_the_next_agent() {
     let mut lab = lab();

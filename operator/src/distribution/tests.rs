@@ -92,6 +92,23 @@ fn only_a_pods_own_node_learns_its_namespace() {
     assert_eq!(netns("n1").as_deref(), Some("/run/netns/web"), "the kept text is each node's own");
 }
 
+/// An agent of the version before has no default for them (ADR 1).
+#[test]
+fn what_earlier_agents_require_is_always_written() {
+    let Resource::Workload(workload) = pod("n1") else { panic!("a Pod is a workload") };
+    assert!(workload.policies.is_empty());
+    assert!(serde_json::to_value(&workload).unwrap()["policies"].is_array());
+    let endpoint = weft_core::service::Endpoint {
+        address: [10, 0, 0, 1].into(),
+        ports: BTreeMap::new(),
+        packet_ports: Vec::new(),
+        workload: None,
+        ready: true,
+        node: None,
+    };
+    assert_eq!(serde_json::to_value(&endpoint).unwrap()["ready"], true);
+}
+
 #[test]
 fn its_own_nodes_message_says_more_than_the_others() {
     let d = Distribution::new();
