@@ -47,6 +47,8 @@ pub(crate) fn server_config(
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
     config.max_early_data_size = 0;
+    // Records are protected by the proxy, under these secrets.
+    config.enable_secret_extraction = true;
     Ok(config)
 }
 
@@ -65,6 +67,7 @@ pub(crate) fn client_config(
     config.resumption = Resumption::disabled();
     config.enable_early_data = false;
     config.enable_sni = false;
+    config.enable_secret_extraction = true;
     Ok(config)
 }
 

@@ -257,6 +257,18 @@ impl Direction {
     }
 }
 
+/// As [`write`], of several parts.
+pub(crate) fn write_parts<W: AsyncWrite + Unpin>(
+    cx: &mut Context<'_>,
+    writer: &mut W,
+    parts: &[io::IoSlice<'_>],
+) -> Poll<io::Result<usize>> {
+    match ready!(Pin::new(writer).poll_write_vectored(cx, parts))? {
+        0 => Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+        written => Poll::Ready(Ok(written)),
+    }
+}
+
 /// Writes, and takes a writer that takes nothing for a failure.
 pub(crate) fn write<W: AsyncWrite + Unpin>(
     cx: &mut Context<'_>,

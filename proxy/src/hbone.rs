@@ -15,6 +15,7 @@ use std::{
 use http::{HeaderMap, Method, StatusCode};
 use parking_lot::{Mutex, MutexGuard};
 
+mod buffers;
 mod connection;
 mod core;
 mod flood;
@@ -23,6 +24,7 @@ mod frame;
 pub mod fuzzing;
 mod hpack;
 mod reader;
+mod received;
 mod stream;
 mod window;
 

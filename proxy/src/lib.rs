@@ -18,6 +18,7 @@ pub mod pod;
 pub mod proxy;
 pub mod record;
 pub mod socket;
+pub mod tls;
 pub mod tunnel;
 pub mod upstream;
 

@@ -5,7 +5,6 @@
 
 use std::{
     net::SocketAddr,
-    sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
 
@@ -106,19 +105,10 @@ async fn passed(at: SystemTime) {
 }
 
 /// When the leaf of a chain ends; `None` where it cannot be read.
-fn expiry(chain: Option<&[CertificateDer<'_>]>) -> Option<SystemTime> {
-    let (_, leaf) = X509Certificate::from_der(chain?.first()?).ok()?;
+fn expiry(chain: &[CertificateDer<'_>]) -> Option<SystemTime> {
+    let (_, leaf) = X509Certificate::from_der(chain.first()?).ok()?;
     let seconds = u64::try_from(leaf.validity().not_after.timestamp()).ok()?;
     SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(seconds))
-}
-
-/// What rustls negotiated.
-fn negotiated(connection: &rustls::CommonState) -> Tls {
-    let name = |text: Option<String>| -> Arc<str> { text.unwrap_or_default().into() };
-    Tls::Mutual {
-        key_exchange: name(connection.negotiated_key_exchange_group().map(|g| format!("{:?}", g.name()))),
-        cipher: name(connection.negotiated_cipher_suite().map(|c| format!("{:?}", c.suite()))),
-    }
 }
 
 /// Pings the peer, from the start; tells of its first answer, and ends when it stopped to answer.

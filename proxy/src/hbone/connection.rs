@@ -1,81 +1,99 @@
 //! Drives one connection: reads as much as there is, lets the streams work, and writes what all of them had to say.
 
 use std::{
-    cell::RefCell,
     future::Future,
-    io::{self, BufRead as _, IoSlice, Write},
+    io,
     pin::Pin,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
     time::Instant,
 };
 
-use rustls::Connection as Tls;
-use tokio::{
-    io::{AsyncRead as _, AsyncWrite as _, ReadBuf},
-    net::TcpStream,
-};
+use bytes::BytesMut;
+use rustls::AlertDescription;
+use tokio::{io::AsyncWrite as _, net::TcpStream};
+use tokio_util::io::poll_read_buf;
 
 use super::{
-    Control, Opener, Requests, Settings, Shared,
+    Control, Opener, Requests, Settings, Shared, buffers,
     core::{Core, Error, Role},
 };
-
-/// What is read from a socket at a time. One buffer serves all connections of a thread.
-const READ: usize = 256 * 1024;
-/// Sealed bytes that wait for the socket before no more frames are sealed.
-const SEALED: usize = 256 * 1024;
-
-thread_local! {
-    static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
-}
+use crate::tls::{
+    Established, Records,
+    record::{self, ALERT, Content},
+};
 
 /// A connection, to be polled for as long as it is used. Dropped, all its streams fail.
 #[derive(Debug)]
 pub struct Connection {
     socket: TcpStream,
-    tls: Tls,
+    records: Records,
     shared: Shared,
-    /// Frames on their way into TLS; empty between turns, its room is used again.
+    /// Frames on their way into records.
     frames: Vec<u8>,
-    /// What was sealed and not written, roughly.
-    sealed: usize,
-    closing: bool,
+    /// How many bytes of them are sealed.
+    taken: usize,
+    /// Records on their way into the socket.
+    sealed: Option<Sealed>,
+    /// The beginning of a record that is not complete.
+    part: Vec<u8>,
+    /// Nothing has been read yet.
+    fresh: bool,
+    farewell: Farewell,
+}
+
+/// Records that the socket did not take yet.
+#[derive(Debug)]
+struct Sealed {
+    bytes: Vec<u8>,
+    start: usize,
+    end: usize,
+}
+
+/// The last record.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Farewell {
+    None,
+    Due(AlertDescription),
+    Said,
 }
 
 impl Connection {
     /// Begins to speak after a TLS handshake, as the end that opens streams.
-    pub fn client(
-        socket: TcpStream,
-        tls: rustls::ClientConnection,
-        settings: Settings,
-    ) -> (Opener, Control, Self) {
+    pub fn client(socket: TcpStream, tls: Established, settings: Settings) -> (Opener, Control, Self) {
         let shared = Shared::new(Role::Client, settings);
-        (Opener(shared.clone()), Control(shared.clone()), Self::new(socket, tls.into(), shared))
+        (Opener(shared.clone()), Control(shared.clone()), Self::new(socket, tls, shared))
     }
 
     /// As the end that takes them.
-    pub fn server(
-        socket: TcpStream,
-        tls: rustls::ServerConnection,
-        settings: Settings,
-    ) -> (Requests, Control, Self) {
+    pub fn server(socket: TcpStream, tls: Established, settings: Settings) -> (Requests, Control, Self) {
         let shared = Shared::new(Role::Server, settings);
-        (Requests(shared.clone()), Control(shared.clone()), Self::new(socket, tls.into(), shared))
+        (Requests(shared.clone()), Control(shared.clone()), Self::new(socket, tls, shared))
     }
 
-    fn new(socket: TcpStream, mut tls: Tls, shared: Shared) -> Self {
-        // Bounded by `SEALED` instead.
-        tls.set_buffer_limit(None);
-        Self { socket, tls, shared, frames: Vec::new(), sealed: 0, closing: false }
+    fn new(socket: TcpStream, tls: Established, shared: Shared) -> Self {
+        let unsent = Sealed { start: 0, end: tls.unsent.len(), bytes: tls.unsent };
+        Self {
+            socket,
+            records: tls.records,
+            shared,
+            frames: Vec::new(),
+            taken: 0,
+            sealed: (unsent.end > 0).then_some(unsent),
+            part: tls.received,
+            fresh: true,
+            farewell: Farewell::None,
+        }
     }
 
     /// One turn: writes, then reads. Whoever is woken by what was read works before the next turn, which writes for
     /// all of them at once.
     fn turn(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
         let now = Instant::now();
-        let room = self.sealed < SEALED;
+        // Frames are taken once those before them are on their way.
+        let room = !self.unsent() || self.write(cx)?.is_ready();
         let (over, choked) = self.shared.with(|core| {
             core.set_now(now);
+            core.keep();
             core.part();
             if room {
                 core.take_out(&mut self.frames);
@@ -83,105 +101,122 @@ impl Connection {
             core.driver = Some(cx.waker().clone());
             (core.over.clone().or_else(|| core.done().then_some(Error::Closed)), core.choked())
         });
-        if !self.frames.is_empty() {
-            self.sealed += self.frames.len();
-            self.tls.writer().write_all(&self.frames).map_err(|error| failed(&error))?;
-            self.frames.clear();
-            // One burst does not hold memory for the life of a connection.
-            if self.frames.capacity() > 2 * SEALED {
-                self.frames = Vec::new();
-            }
+        if over.is_some() && self.farewell == Farewell::None {
+            self.farewell = Farewell::Due(AlertDescription::CloseNotify);
         }
-        if over.is_some() && !self.closing {
-            self.closing = true;
-            self.tls.send_close_notify();
-        }
-        let flushed = self.flush(cx).map_err(|error| failed(&error))?;
+        let written = if room { self.write(cx)? } else { Poll::Pending };
         if let Some(over) = over {
-            if flushed.is_pending() {
-                return Poll::Pending;
-            }
+            ready!(written);
             let _ = Pin::new(&mut self.socket).poll_shutdown(cx);
             return Poll::Ready(if over == Error::Closed { Ok(()) } else { Err(over) });
-        }
-        if !room && flushed.is_ready() {
-            // What waited behind the sealed bytes has nobody else to send it.
-            cx.waker().wake_by_ref();
         }
         if choked {
             // Its answers come first; writability wakes this task.
             return Poll::Pending;
         }
-        let read = BUFFER.with_borrow_mut(|buffer| {
-            if buffer.is_empty() {
-                buffer.resize(READ, 0);
-            }
-            self.read(buffer, cx)
-        });
-        match read {
-            Poll::Pending => Poll::Pending,
-            Poll::Ready(Ok(())) => {
+        match ready!(self.read(cx)) {
+            Ok(()) => {
                 cx.waker().wake_by_ref();
                 Poll::Pending
             }
-            Poll::Ready(Err(error)) => {
+            Err(error) => {
                 // What the peer is told of it may still be written.
+                let room = !self.unsent();
                 self.shared.with(|core| {
-                    core.take_out(&mut self.frames);
+                    if room {
+                        core.take_out(&mut self.frames);
+                    }
                     core.fail(error.clone());
                 });
-                let _ = self.tls.writer().write_all(&self.frames);
-                self.tls.send_close_notify();
-                let _ = self.flush(cx);
+                if self.farewell == Farewell::None {
+                    self.farewell = Farewell::Due(AlertDescription::CloseNotify);
+                }
+                let _ = self.write(cx);
                 Poll::Ready(if error == Error::Closed { Ok(()) } else { Err(error) })
             }
         }
     }
 
-    /// Reads once, and takes in what came.
-    fn read(&mut self, buffer: &mut [u8], cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
-        let mut buf = ReadBuf::new(buffer);
-        match Pin::new(&mut self.socket).poll_read(cx, &mut buf) {
-            Poll::Pending => return Poll::Pending,
-            Poll::Ready(Err(error)) => return Poll::Ready(Err(failed(&error))),
-            Poll::Ready(Ok(())) => {}
-        }
-        let mut records = buf.filled();
-        if records.is_empty() {
-            return Poll::Ready(Err(self.ended()));
-        }
-        while !records.is_empty() {
-            self.tls.read_tls(&mut records).map_err(|error| failed(&error))?;
-            self.opened()?;
-        }
-        Poll::Ready(Ok(()))
+    /// Whether something waits for the socket.
+    fn unsent(&self) -> bool {
+        self.sealed.is_some() || self.taken < self.frames.len()
     }
 
-    /// Opens the records that TLS has, and takes their frames in.
-    fn opened(&mut self) -> Result<(), Error> {
-        let processed = self.tls.process_new_packets();
-        let error = processed.err();
-        let shared = &self.shared;
-        let mut reader = self.tls.reader();
-        let taken = shared.with(|core: &mut Core| {
-            loop {
-                let length = match reader.fill_buf() {
-                    Ok([]) => return Ok(()),
-                    Ok(chunk) => {
-                        core.receive(chunk)?;
-                        chunk.len()
+    /// Seals and writes all that there is.
+    fn write(&mut self, cx: &mut Context<'_>) -> Result<Poll<()>, Error> {
+        loop {
+            if let Some(sealed) = &mut self.sealed {
+                while sealed.start < sealed.end {
+                    let bytes = &sealed.bytes[sealed.start..sealed.end];
+                    match Pin::new(&mut self.socket).poll_write(cx, bytes) {
+                        Poll::Ready(Ok(0)) => return Err(failed(&io::ErrorKind::WriteZero.into())),
+                        Poll::Ready(written) => sealed.start += written.map_err(|error| failed(&error))?,
+                        Poll::Pending => return Ok(Poll::Pending),
                     }
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-                    Err(error) => return Err(failed(&error)),
-                };
-                reader.consume(length);
+                }
+                self.sealed.take().into_iter().for_each(|sealed| buffers::give_back(sealed.bytes));
+            }
+            if self.taken == self.frames.len()
+                && !self.records.due()
+                && !matches!(self.farewell, Farewell::Due(_))
+            {
+                buffers::clear(&mut self.frames);
+                self.taken = 0;
+                return Ok(Poll::Ready(()));
+            }
+            let mut bytes = buffers::records();
+            let rest = &self.frames[self.taken..];
+            let (taken, mut end) = self.records.seal(rest, &mut bytes).map_err(insecure)?;
+            self.taken += taken;
+            // In one piece with what comes before it: the peer may be gone for whatever comes later.
+            if let Farewell::Due(alert) = self.farewell
+                && taken == rest.len()
+                && end + ALERT <= bytes.len()
+            {
+                end += self.records.alert(alert, &mut bytes[end..]).map_err(insecure)?;
+                self.farewell = Farewell::Said;
+            }
+            self.sealed = Some(Sealed { bytes, start: 0, end });
+        }
+    }
+
+    /// Reads once, and takes in what came.
+    fn read(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
+        buffers::input(|input| {
+            input.extend_from_slice(&self.part);
+            // What came with the handshake's end is looked at first.
+            if !std::mem::take(&mut self.fresh) || self.part.is_empty() {
+                match ready!(poll_read_buf(Pin::new(&mut self.socket), cx, input)) {
+                    Ok(0) => return Poll::Ready(Err(self.ended())),
+                    Ok(_) => {}
+                    Err(error) => return Poll::Ready(Err(failed(&error))),
+                }
+            }
+            self.part = Vec::new();
+            Poll::Ready(self.open(input))
+        })
+    }
+
+    /// Opens the records that are whole, takes their frames in, and keeps the beginning of the next one.
+    fn open(&mut self, input: &mut BytesMut) -> Result<(), Error> {
+        let Self { shared, records, farewell, .. } = self;
+        let opened = shared.with(|core: &mut Core| {
+            loop {
+                let length = Records::length(input).map_err(|error| refused(error, farewell))?;
+                let Some(length) = length.filter(|length| *length <= input.len()) else { return Ok(false) };
+                let mut record = input.split_to(length);
+                match records.open(&mut record).map_err(|error| refused(error, farewell))? {
+                    Content::Data => core.receive(record.freeze())?,
+                    Content::Control => {}
+                    Content::Closed => return Ok(true),
+                }
             }
         });
-        taken?;
-        match error {
-            Some(error) => Err(Error::Io(error.to_string())),
-            None => Ok(()),
+        if opened? {
+            return Err(self.ended());
         }
+        self.part = input.to_vec();
+        Ok(())
     }
 
     /// The peer closed: in order where nobody waits for anything.
@@ -192,30 +227,12 @@ impl Connection {
             },
         )
     }
-
-    fn flush(&mut self, cx: &mut Context<'_>) -> io::Result<Poll<()>> {
-        while self.tls.wants_write() {
-            let mut writer = Writer { socket: &mut self.socket, cx };
-            match self.tls.write_tls(&mut writer) {
-                Ok(_) => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Poll::Pending),
-                Err(error) => return Err(error),
-            }
-        }
-        self.sealed = 0;
-        Ok(Poll::Ready(()))
-    }
 }
 
 impl Future for Connection {
     type Output = Result<(), Error>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        // What came in one piece with the handshake's end.
-        if let Err(error) = self.opened() {
-            self.shared.with(|core| core.fail(error.clone()));
-            return Poll::Ready(Err(error));
-        }
         self.turn(cx)
     }
 }
@@ -230,31 +247,12 @@ fn failed(error: &io::Error) -> Error {
     Error::Io(error.to_string())
 }
 
-/// The socket as rustls writes to it.
-struct Writer<'a, 'b> {
-    socket: &'a mut TcpStream,
-    cx: &'a mut Context<'b>,
+fn insecure(error: rustls::Error) -> Error {
+    Error::Io(error.to_string())
 }
 
-impl Writer<'_, '_> {
-    fn now<T>(poll: Poll<io::Result<T>>) -> io::Result<T> {
-        match poll {
-            Poll::Ready(result) => result,
-            Poll::Pending => Err(io::ErrorKind::WouldBlock.into()),
-        }
-    }
-}
-
-impl Write for Writer<'_, '_> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        Self::now(Pin::new(&mut *self.socket).poll_write(self.cx, bytes))
-    }
-
-    fn write_vectored(&mut self, parts: &[IoSlice<'_>]) -> io::Result<usize> {
-        Self::now(Pin::new(&mut *self.socket).poll_write_vectored(self.cx, parts))
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
+/// The peer's records are not acceptable: it is told, unless it told us.
+fn refused(error: rustls::Error, farewell: &mut Farewell) -> Error {
+    *farewell = record::answer(&error).map_or(Farewell::Said, Farewell::Due);
+    insecure(error)
 }

@@ -11,7 +11,6 @@ use std::{
     time::Instant,
 };
 
-use bytes::BytesMut;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 
 use super::{
@@ -20,6 +19,7 @@ use super::{
     frame::{self, Code, setting},
     hpack::{self, Decoder},
     reader::Reader,
+    received::Received,
     window::Window,
 };
 
@@ -30,10 +30,8 @@ mod peer;
 const BACKLOG: usize = 512 * 1024;
 /// What streams that seldom send may add to a full backlog: a request passes the bulk that waits.
 const PRIORITY: usize = 128 * 1024;
-/// Most that one stream gives at a time while no other waits.
+/// Most that one stream gives at a time; while others wait, in a turn.
 const QUANTUM: usize = 64 * 1024;
-/// Most that one stream gives in a turn while others wait.
-const SHARE: usize = 16 * 1024;
 /// The connection's own window: larger than what is ever under way.
 const CONNECTION_WINDOW: u32 = 16 * 1024 * 1024;
 /// What both ends begin with (RFC 9113 section 6.9.2).
@@ -122,8 +120,8 @@ impl Hasher for Ids {
 /// One stream.
 #[derive(Debug)]
 struct Stream {
-    /// Received, not delivered.
-    received: BytesMut,
+    /// Not delivered yet.
+    received: Received,
     window: Window,
     /// What the peer takes.
     credit: i64,
@@ -176,6 +174,8 @@ pub(super) struct Core {
     /// To be woken once the lock is gone.
     pub(super) woken: Vec<Waker>,
     streams: HashMap<u32, Stream, BuildHasherDefault<Ids>>,
+    /// Streams for which something came in this turn that still lies in the socket's buffer.
+    lent: Vec<u32>,
     asked: VecDeque<Asked>,
     acceptor: Option<Waker>,
     next: u32,
@@ -245,6 +245,7 @@ impl Core {
             driver: None,
             woken: Vec::new(),
             streams: HashMap::default(),
+            lent: Vec::new(),
             asked: VecDeque::new(),
             acceptor: None,
             next: 1,
@@ -277,6 +278,15 @@ impl Core {
     /// Time, for the budgets; read once a turn.
     pub(super) fn set_now(&mut self, now: Instant) {
         self.now = now;
+    }
+
+    /// Ends what is lent of the buffer that the socket was read into: whoever could write had a turn for it.
+    pub(super) fn keep(&mut self) {
+        for id in self.lent.drain(..) {
+            if let Some(stream) = self.streams.get_mut(&id) {
+                stream.received.keep();
+            }
+        }
     }
 
     /// The frames to be written now.
@@ -358,7 +368,7 @@ impl Core {
 
     fn stream(&self) -> Stream {
         Stream {
-            received: BytesMut::new(),
+            received: Received::default(),
             window: Window::new(self.settings.window, self.now),
             credit: self.peer_window.into(),
             ended: false,

@@ -26,7 +26,7 @@ pub fn frames(bytes: &[u8]) {
             greeting.extend_from_slice(frame::PREFACE);
         }
         frame::settings(&mut greeting, &[]);
-        let mut outcome = core.receive(&greeting);
+        let mut outcome = core.receive(greeting.into());
         if role == Role::Client {
             for _ in 0..3 {
                 let _ = core.open(([10, 0, 0, 1], 80).into(), &http::HeaderMap::new());
@@ -36,7 +36,7 @@ pub fn frames(bytes: &[u8]) {
             if outcome.is_err() {
                 break;
             }
-            outcome = core.receive(part);
+            outcome = core.receive(bytes::Bytes::copy_from_slice(part));
         }
         let mut out = Vec::new();
         core.take_out(&mut out);

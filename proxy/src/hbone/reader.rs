@@ -1,5 +1,7 @@
 //! Takes the peer's bytes apart, however they are cut, and gives frames to the [`Core`].
 
+use bytes::{Buf as _, Bytes};
+
 use super::{
     core::{Core, Error, Role},
     frame::{Code, HEAD, Head, PREFACE, flag, kind},
@@ -49,80 +51,80 @@ impl Core {
     ///
     /// # Errors
     /// When the connection must end; what the peer is told lies in `out`.
-    pub(super) fn receive(&mut self, mut input: &[u8]) -> Result<(), Error> {
+    pub(super) fn receive(&mut self, mut input: Bytes) -> Result<(), Error> {
         while !input.is_empty() {
-            input = self.step(input)?;
+            self.step(&mut input)?;
         }
         Ok(())
     }
 
-    fn step<'a>(&mut self, input: &'a [u8]) -> Result<&'a [u8], Error> {
+    fn step(&mut self, input: &mut Bytes) -> Result<(), Error> {
         match self.reader.at {
             At::Preface => {
-                let (part, rest) = self.collect(input, PREFACE.len());
+                let whole = self.collect(input, PREFACE.len());
                 if !PREFACE.starts_with(&self.reader.part) {
                     return Err(self.broken(Code::PROTOCOL_ERROR, "no HTTP/2 preface"));
                 }
-                if part {
+                if whole {
                     self.reader.part.clear();
                     self.reader.at = At::Head;
                 }
-                Ok(rest)
+                Ok(())
             }
             At::Head => {
                 // The usual case: the head lies in one piece.
                 if self.reader.part.is_empty()
-                    && let Some((head, rest)) = input.split_first_chunk::<HEAD>()
+                    && let Some(head) = input.first_chunk::<HEAD>().copied()
                 {
-                    self.begin(Head::parse(*head))?;
-                    return Ok(rest);
+                    input.advance(HEAD);
+                    return self.begin(Head::parse(head));
                 }
-                let (whole, rest) = self.collect(input, HEAD);
-                if whole && let Some(head) = self.reader.part.first_chunk::<HEAD>().copied() {
+                if self.collect(input, HEAD)
+                    && let Some(head) = self.reader.part.first_chunk::<HEAD>().copied()
+                {
                     self.reader.part.clear();
                     self.begin(Head::parse(head))?;
                 }
-                Ok(rest)
+                Ok(())
             }
             At::Whole(head) => {
-                let (whole, rest) = self.collect(input, head.length);
-                if whole {
+                if self.collect(input, head.length) {
                     self.whole(head)?;
                 }
-                Ok(rest)
+                Ok(())
             }
             At::PadLength(head) => {
-                let (pad, rest) =
-                    input.split_first().map_or((0, input), |(pad, rest)| (usize::from(*pad), rest));
+                let pad = usize::from(input.get_u8());
                 let Some(left) = (head.length - 1).checked_sub(pad) else {
                     return Err(self.broken(Code::PROTOCOL_ERROR, "padding that is longer than its frame"));
                 };
                 // The length's own byte counts too (RFC 9113 section 6.1).
-                self.on_data(head.stream, &[], 1)?;
-                self.data(head, left, pad)?;
-                Ok(rest)
+                self.on_data(head.stream, Bytes::new(), 1)?;
+                self.data(head, left, pad)
             }
             At::Data { id, end, empty, left, padding } => {
-                let (data, rest) = input.split_at(left.min(input.len()));
-                let (pad, rest) = rest.split_at(padding.min(rest.len()));
-                let (left, padding) = (left - data.len(), padding - pad.len());
-                self.on_data(id, data, data.len() + pad.len())?;
+                let data = input.split_to(left.min(input.len()));
+                let pad = padding.min(input.len());
+                input.advance(pad);
+                let (left, padding, counts) = (left - data.len(), padding - pad, data.len() + pad);
+                self.on_data(id, data, counts)?;
                 self.reader.at = At::Data { id, end, empty, left, padding };
                 if left + padding == 0 {
                     self.reader.at = At::Head;
                     self.on_data_end(id, end, empty)?;
                 }
-                Ok(rest)
+                Ok(())
             }
         }
     }
 
     /// Adds to what is collected, up to `wanted` bytes; says whether they are there.
-    fn collect<'a>(&mut self, input: &'a [u8], wanted: usize) -> (bool, &'a [u8]) {
+    fn collect(&mut self, input: &mut Bytes, wanted: usize) -> bool {
         let missing = wanted - self.reader.part.len();
-        let (taken, rest) = input.split_at(missing.min(input.len()));
-        self.reader.part.extend_from_slice(taken);
-        (taken.len() == missing, rest)
+        let taken = missing.min(input.len());
+        self.reader.part.extend_from_slice(&input[..taken]);
+        input.advance(taken);
+        taken == missing
     }
 
     fn begin(&mut self, head: Head) -> Result<(), Error> {

@@ -1,7 +1,7 @@
 //! One CONNECT as a byte stream.
 
 use std::{
-    io,
+    io::{self, IoSlice, Write as _},
     pin::Pin,
     task::{Context, Poll},
 };
@@ -59,7 +59,7 @@ impl Copied for Stream {
         cx: &mut Context<'_>,
         to: &mut W,
     ) -> Option<Poll<Result<usize, Failed>>> {
-        let write = |cx: &mut Context<'_>, data: &[u8]| copy::write(cx, to, data);
+        let write = |cx: &mut Context<'_>, parts: &[IoSlice<'_>]| copy::write_parts(cx, to, parts);
         Some(self.shared.with(|core| core.deliver(self.id, cx, write)))
     }
 
@@ -88,10 +88,12 @@ impl AsyncRead for Stream {
         if into.is_empty() {
             return Poll::Ready(Ok(()));
         }
-        let copy = |_: &mut Context<'_>, data: &[u8]| {
-            let n = data.len().min(into.len());
-            into[..n].copy_from_slice(&data[..n]);
-            Poll::Ready(Ok(n))
+        let copy = |_: &mut Context<'_>, parts: &[IoSlice<'_>]| {
+            let mut rest = &mut into[..];
+            // It never fails, and stops where there is no room.
+            parts.iter().try_for_each(|part| rest.write_all(part)).ok();
+            let left = rest.len();
+            Poll::Ready(Ok(into.len() - left))
         };
         let read = self.shared.with(|core| core.deliver(self.id, cx, copy));
         read.map_ok(|n| buf.advance(n)).map_err(Failed::into_inner)

@@ -14,7 +14,6 @@ use tokio::{
     sync::oneshot,
     task::AbortHandle,
 };
-use tokio_rustls::{TlsAcceptor, TlsConnector};
 use weft_runtime::Tasks;
 
 use super::*;
@@ -34,41 +33,47 @@ static CONFIGS: LazyLock<(Arc<ClientConfig>, Arc<ServerConfig>)> = LazyLock::new
     let provider = Arc::new(aws_lc_rs::default_provider());
     let mut roots = RootCertStore::empty();
     roots.add(certificate.clone()).unwrap();
-    let client = ClientConfig::builder_with_provider(provider.clone())
+    let mut client = ClientConfig::builder_with_provider(provider.clone())
         .with_protocol_versions(&[&rustls::version::TLS13])
         .unwrap()
         .with_root_certificates(roots)
         .with_no_client_auth();
-    let server = ServerConfig::builder_with_provider(provider)
+    let mut server = ServerConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])
         .unwrap()
         .with_no_client_auth()
         .with_single_cert(vec![certificate], key)
         .unwrap();
+    client.enable_secret_extraction = true;
+    server.enable_secret_extraction = true;
     (Arc::new(client), Arc::new(server))
 });
 
-type Tls<T> = (TcpStream, T);
+type Ready = (TcpStream, crate::tls::Established);
 
-async fn pair() -> (Tls<rustls::ClientConnection>, Tls<rustls::ServerConnection>) {
+async fn pair() -> (Ready, Ready) {
     let (client, server) = sockets().await;
-    (client.into_inner(), server.into_inner())
+    tokio::join!(dialled(client), accepted(server))
 }
 
-async fn sockets() -> (tokio_rustls::client::TlsStream<TcpStream>, tokio_rustls::server::TlsStream<TcpStream>)
-{
+async fn sockets() -> (TcpStream, TcpStream) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
-    let dial = async {
-        let tcp = TcpStream::connect(address).await.unwrap();
-        let name = ServerName::try_from("test").unwrap();
-        TlsConnector::from(CONFIGS.0.clone()).connect(name, tcp).await.unwrap()
-    };
-    let take = async {
-        let (tcp, _) = listener.accept().await.unwrap();
-        TlsAcceptor::from(CONFIGS.1.clone()).accept(tcp).await.unwrap()
-    };
-    tokio::join!(dial, take)
+    let (client, server) = tokio::join!(TcpStream::connect(address), listener.accept());
+    (client.unwrap(), server.unwrap().0)
+}
+
+async fn dialled(mut tcp: TcpStream) -> Ready {
+    let name = ServerName::try_from("test").unwrap();
+    let mut tls = crate::tls::connect(&mut tcp, CONFIGS.0.clone(), name).await.unwrap();
+    // The other end's handshake is waited for before there is a connection that sends it.
+    tcp.write_all(&std::mem::take(&mut tls.unsent)).await.unwrap();
+    (tcp, tls)
+}
+
+async fn accepted(mut tcp: TcpStream) -> Ready {
+    let tls = crate::tls::accept(&mut tcp, CONFIGS.1.clone()).await.unwrap();
+    (tcp, tls)
 }
 
 /// A task and what it gives.

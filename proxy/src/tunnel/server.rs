@@ -5,15 +5,16 @@ use std::{hash::Hash, net::SocketAddr, sync::Arc};
 use http::{Method, StatusCode};
 use rustls_pki_types::CertificateDer;
 use tokio::net::TcpStream;
-use tokio_rustls::TlsAcceptor;
 use weft_runtime::DrainWatcher;
 
 use super::{
     ConnectRequest, PARTING, SETTINGS, Session, SourceInfo, Stream, Times, expiry, headers, keep_alive,
-    negotiated,
     validity::{Validities, Validity},
 };
-use crate::hbone::{self, Connection, Control, Lost, Request, Requests};
+use crate::{
+    hbone::{self, Connection, Control, Lost, Request, Requests},
+    tls,
+};
 
 /// Why no tunnel came to be.
 #[derive(Debug, thiserror::Error)]
@@ -23,7 +24,7 @@ pub enum AcceptError {
     Timeout,
     /// TLS failed: a wrong certificate, garbage, or the peer went away.
     #[error("TLS handshake with the peer failed: {0}")]
-    Tls(#[source] std::io::Error),
+    Tls(#[source] tls::Error),
     /// The peer showed no certificate, or none that can be read.
     #[error("the peer showed no certificate that can be read")]
     NoCertificate,
@@ -45,29 +46,22 @@ impl Server {
     /// # Errors
     /// When it fails or takes too long.
     pub async fn accept(
-        socket: TcpStream,
+        mut socket: TcpStream,
         config: Arc<rustls::ServerConfig>,
         times: Times,
     ) -> Result<Self, AcceptError> {
         let handshake = async {
-            let (local, peer) = (socket.local_addr(), socket.peer_addr());
-            let tls = TlsAcceptor::from(config).accept(socket).await.map_err(AcceptError::Tls)?;
-            let state = tls.get_ref().1;
-            let certificates: Vec<_> = state
-                .peer_certificates()
-                .ok_or(AcceptError::NoCertificate)?
-                .iter()
-                .map(|c| c.clone().into_owned())
-                .collect();
-            let expires = expiry(Some(&certificates)).ok_or(AcceptError::NoCertificate)?;
+            let addresses = (socket.local_addr(), socket.peer_addr());
+            let mut tls = tls::accept(&mut socket, config).await.map_err(AcceptError::Tls)?;
+            let certificates = std::mem::take(&mut tls.certificates);
+            let expires = expiry(&certificates).ok_or(AcceptError::NoCertificate)?;
             let session = Session {
-                local: local.map_err(AcceptError::Tls)?,
-                peer: peer.map_err(AcceptError::Tls)?,
-                tls: negotiated(state),
+                local: addresses.0.map_err(|error| AcceptError::Tls(error.into()))?,
+                peer: addresses.1.map_err(|error| AcceptError::Tls(error.into()))?,
+                tls: tls.protection.clone(),
                 expires,
                 validity: Validity::new(expires),
             };
-            let (socket, tls) = tls.into_inner();
             let (requests, control, connection) = Connection::server(socket, tls, SETTINGS);
             Ok(Self { connection, requests, control, session, certificates, times })
         };

@@ -1,20 +1,22 @@
 //! What the streams' owners do.
 
 use std::{
-    io,
+    io::{self, IoSlice},
     net::SocketAddr,
     task::{Context, Poll, ready},
 };
 
-use bytes::{Buf as _, BufMut as _, BytesMut, buf::Limit};
+use bytes::{BufMut as _, buf::Limit};
 use http::{HeaderMap, StatusCode};
 
 use super::{
     super::{
+        buffers,
         frame::{self, Code, MAX, flag, kind},
         hpack,
+        received::PARTS,
     },
-    Asked, BACKLOG, Core, DEFAULT_FRAME, Leaving, Lost, PRIORITY, QUANTUM, SHARE,
+    Asked, BACKLOG, Core, DEFAULT_FRAME, Leaving, Lost, PRIORITY, QUANTUM,
 };
 use crate::copy::Failed;
 
@@ -105,20 +107,18 @@ impl Core {
         &mut self,
         id: u32,
         cx: &mut Context<'_>,
-        take: impl FnOnce(&mut Context<'_>, &[u8]) -> Poll<io::Result<usize>>,
+        take: impl FnOnce(&mut Context<'_>, &[IoSlice<'_>]) -> Poll<io::Result<usize>>,
     ) -> Poll<Result<usize, Failed>> {
         let now = self.now;
         let Some(stream) = self.streams.get_mut(&id) else {
             return Poll::Ready(Err(Failed::Reader(Lost::Connection.into())));
         };
         if !stream.received.is_empty() {
-            let n = ready!(take(cx, &stream.received)).map_err(Failed::Writer)?;
+            let mut parts = [IoSlice::new(&[]); PARTS];
+            let count = stream.received.show(&mut parts);
+            let n = ready!(take(cx, &parts[..count])).map_err(Failed::Writer)?;
             stream.received.advance(n);
             let drained = stream.received.is_empty();
-            if drained {
-                // An idle stream holds no memory.
-                stream.received = BytesMut::new();
-            }
             // On delivery: a reader that stalls stalls its own stream.
             let increment = if stream.ended { None } else { stream.window.deliver(n as u32, drained, now) };
             if let Some(increment) = increment {
@@ -166,8 +166,7 @@ impl Core {
             }
             return Poll::Pending;
         }
-        let share = if crowd { SHARE } else { QUANTUM };
-        Poll::Ready(Ok(usize::try_from(most).unwrap_or(share).min(share)))
+        Poll::Ready(Ok(usize::try_from(most).unwrap_or(QUANTUM).min(QUANTUM)))
     }
 
     fn spend(&mut self, id: u32, bytes: usize) {
@@ -192,6 +191,7 @@ impl Core {
             return Poll::Ready(Ok(0));
         }
         let n = data.len().min(ready!(self.room(id, cx))?);
+        buffers::reserve(&mut self.out, n + frame::HEAD);
         for part in data[..n].chunks(self.peer_frame.min(self.settings.frame)) {
             frame::head(&mut self.out, part.len(), kind::DATA, 0, id);
             self.out.extend_from_slice(part);
@@ -211,7 +211,7 @@ impl Core {
         let room = ready!(self.room(id, cx)).map_err(Failed::Writer)?;
         let most = room.min(self.peer_frame).min(self.settings.frame);
         let before = self.out.len();
-        self.out.reserve(frame::HEAD + most);
+        buffers::reserve(&mut self.out, frame::HEAD + most);
         frame::head(&mut self.out, 0, kind::DATA, 0, id);
         let read = read(cx, &mut (&mut self.out).limit(most));
         let n = match read {

@@ -1,5 +1,7 @@
 //! What the peer sent, as the reader took it apart.
 
+use bytes::Bytes;
+
 use super::{
     super::frame::{self, Code, MAX, flag, kind, setting},
     Asked, CONNECTION_WINDOW, Core, Error, Fields, Leaving, Lost, Role,
@@ -239,7 +241,7 @@ impl Core {
     }
 
     /// A part of a DATA frame's payload; `counts` is what it takes of the windows, padding included.
-    pub(in crate::hbone) fn on_data(&mut self, id: u32, data: &[u8], counts: usize) -> Result<(), Error> {
+    pub(in crate::hbone) fn on_data(&mut self, id: u32, data: Bytes, counts: usize) -> Result<(), Error> {
         let counts = counts as u32;
         // On receipt: what streams hold does not slow the others.
         self.taken += counts;
@@ -263,7 +265,9 @@ impl Core {
             frame::window(&mut self.out, id, increment);
         }
         if !data.is_empty() {
-            stream.received.extend_from_slice(data);
+            if stream.received.push(data) {
+                self.lent.push(id);
+            }
             self.woken.extend(stream.reader.take());
         }
         Ok(())

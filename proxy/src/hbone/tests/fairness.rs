@@ -27,7 +27,7 @@ fn core(streams: u32) -> Core {
         bytes.extend_from_slice(&block);
     }
     let mut core = Core::new(Role::Server, Settings { streams: 1_000, ..SETTINGS }, Instant::now());
-    core.receive(&bytes).unwrap();
+    core.receive(bytes.into()).unwrap();
     core
 }
 

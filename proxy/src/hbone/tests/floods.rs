@@ -21,7 +21,7 @@ impl Peer {
     }
 
     fn send(&mut self) -> Result<(), Code> {
-        let sent = self.core.receive(&std::mem::take(&mut self.bytes));
+        let sent = self.core.receive(std::mem::take(&mut self.bytes).into());
         sent.map_err(|error| match error {
             Error::Protocol { code, .. } => code,
             other => panic!("{other}"),
@@ -220,9 +220,9 @@ fn a_cut_makes_no_difference() {
             assert_eq!(peer.send(), Ok(()), "in parts of {size}");
         }
         let mut came = Vec::new();
-        let take = |_: &mut std::task::Context<'_>, data: &[u8]| {
-            came.extend_from_slice(data);
-            std::task::Poll::Ready(Ok(data.len()))
+        let take = |_: &mut std::task::Context<'_>, parts: &[std::io::IoSlice<'_>]| {
+            parts.iter().for_each(|part| came.extend_from_slice(part));
+            std::task::Poll::Ready(Ok(came.len()))
         };
         let mut cx = std::task::Context::from_waker(std::task::Waker::noop());
         assert!(peer.core.deliver(1, &mut cx, take).is_ready(), "nothing came");

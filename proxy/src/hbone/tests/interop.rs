@@ -1,11 +1,16 @@
 //! The h2 library as the peer, in both roles.
 
+use tokio_rustls::{TlsAcceptor, TlsConnector};
+
 use super::*;
 
 #[tokio::test]
 async fn a_client_of_the_library_is_served() {
     let (client, server) = sockets().await;
-    let (socket, tls) = server.into_inner();
+    let name = ServerName::try_from("test").unwrap();
+    let connector = TlsConnector::from(CONFIGS.0.clone());
+    let (client, (socket, tls)) = tokio::join!(connector.connect(name, client), accepted(server));
+    let client = client.unwrap();
     let (mut requests, _control, connection) = Connection::server(socket, tls, SETTINGS);
     start(connection);
     let serving = start(async move {
@@ -54,6 +59,9 @@ async fn a_client_of_the_library_is_served() {
 #[tokio::test]
 async fn a_server_of_the_library_serves() {
     let (client, server) = sockets().await;
+    let acceptor = TlsAcceptor::from(CONFIGS.1.clone());
+    let ((socket, tls), server) = tokio::join!(dialled(client), acceptor.accept(server));
+    let server = server.unwrap();
     let serving = start(async move {
         let mut connection = h2::server::handshake(server).await.unwrap();
         while let Some(request) = connection.accept().await {
@@ -72,7 +80,6 @@ async fn a_server_of_the_library_serves() {
             });
         }
     });
-    let (socket, tls) = client.into_inner();
     let (opener, _control, connection) = Connection::client(socket, tls, SETTINGS);
     let driven = start(connection);
     for _ in 0..5 {

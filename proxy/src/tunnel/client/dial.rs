@@ -3,17 +3,17 @@
 use std::sync::Arc;
 
 use rustls_pki_types::ServerName;
-use tokio_rustls::TlsConnector;
 use weft_core::flow::Reason;
 
 use super::{
-    super::{SETTINGS, Session, Times, expiry, negotiated, validity::Validity},
+    super::{SETTINGS, Session, Times, expiry, validity::Validity},
     Key,
 };
 use crate::{
     hbone::{Connection, Control, Opener},
     l7::ConnectError,
     platform::{Family, PodNet},
+    tls,
 };
 
 pub(super) type Established = (Opener, Control, Connection, Session);
@@ -37,7 +37,7 @@ pub(super) async fn handshake(
         )
     };
     let socket = net.socket(Family::of(address), None).map_err(unreachable)?;
-    let tcp = tokio::time::timeout(times.connect, socket.connect(address))
+    let mut tcp = tokio::time::timeout(times.connect, socket.connect(address))
         .await
         .map_err(|_| {
             ConnectError::new(Reason::Timeout, format!("the proxy of {address} did not answer in time"))
@@ -47,20 +47,18 @@ pub(super) async fn handshake(
     let (local, peer) = (tcp.local_addr().map_err(unreachable)?, tcp.peer_addr().map_err(unreachable)?);
     let establish = async {
         let name = ServerName::IpAddress(address.ip().into());
-        let tls = TlsConnector::from(config.clone()).connect(name, tcp).await.map_err(|error| {
+        let tls = tls::connect(&mut tcp, config.clone(), name).await.map_err(|error| {
             let text =
                 format!("TLS with the proxy of {address}, expected to be {}, failed: {error}", key.expected);
             ConnectError::new(tls_reason(&error), text)
         })?;
-        let state = tls.get_ref().1;
-        let expires = expiry(state.peer_certificates()).ok_or_else(|| {
+        let expires = expiry(&tls.certificates).ok_or_else(|| {
             let text = format!("the certificate of the proxy of {address} cannot be read");
             ConnectError::new(Reason::TlsFailure, text)
         })?;
-        let session =
-            Session { local, peer, tls: negotiated(state), expires, validity: Validity::new(expires) };
-        let (socket, tls) = tls.into_inner();
-        let (opener, control, connection) = Connection::client(socket, tls, SETTINGS);
+        let protection = tls.protection.clone();
+        let session = Session { local, peer, tls: protection, expires, validity: Validity::new(expires) };
+        let (opener, control, connection) = Connection::client(tcp, tls, SETTINGS);
         Ok((opener, control, connection, session))
     };
     tokio::time::timeout(times.handshake, establish).await.unwrap_or_else(|_| {
@@ -70,10 +68,9 @@ pub(super) async fn handshake(
 }
 
 /// A certificate of the wrong peer is told apart from other failures.
-fn tls_reason(error: &std::io::Error) -> Reason {
-    let inner = error.get_ref().and_then(|e| e.downcast_ref::<rustls::Error>());
-    match inner {
-        Some(rustls::Error::InvalidCertificate(
+fn tls_reason(error: &tls::Error) -> Reason {
+    match error {
+        tls::Error::Tls(rustls::Error::InvalidCertificate(
             rustls::CertificateError::ApplicationVerificationFailure
             | rustls::CertificateError::NotValidForName
             | rustls::CertificateError::NotValidForNameContext { .. }
