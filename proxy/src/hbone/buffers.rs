@@ -1,6 +1,7 @@
-//! Large buffers, lent to the connections of a thread for as long as they have something in them.
+//! Large buffers, lent to the connections of a thread for as long as they have something in them. Of each kind a thread keeps
+//! one.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 
 use bytes::BytesMut;
 
@@ -10,8 +11,6 @@ use crate::tls::record::{MAX_PLAIN, OVERHEAD};
 const READ: usize = 256 * 1024;
 /// What is sealed at a time: full records.
 pub(super) const SEALED: usize = 16 * (MAX_PLAIN + OVERHEAD);
-/// Buffers of a kind that a thread keeps.
-const SPARE: usize = 2;
 /// What a connection may keep of its own.
 const SMALL: usize = 4 * 1024;
 /// A buffer of frames that is larger came from a burst.
@@ -19,8 +18,8 @@ const LARGE: usize = 1024 * 1024;
 
 thread_local! {
     static INPUT: RefCell<BytesMut> = RefCell::new(BytesMut::new());
-    static FRAMES: RefCell<Vec<Vec<u8>>> = const { RefCell::new(Vec::new()) };
-    static RECORDS: RefCell<Vec<Vec<u8>>> = const { RefCell::new(Vec::new()) };
+    static FRAMES: Cell<Option<Vec<u8>>> = const { Cell::new(None) };
+    static RECORDS: Cell<Option<Vec<u8>>> = const { Cell::new(None) };
 }
 
 /// Makes room for `more` bytes, with a buffer that somebody gave back where that helps.
@@ -30,7 +29,7 @@ pub(super) fn reserve(frames: &mut Vec<u8>, more: usize) {
         return;
     }
     if wanted > SMALL
-        && let Some(mut spare) = FRAMES.with_borrow_mut(Vec::pop)
+        && let Some(mut spare) = FRAMES.take()
     {
         spare.extend_from_slice(frames);
         *frames = spare;
@@ -43,26 +42,22 @@ pub(super) fn clear(frames: &mut Vec<u8>) {
     frames.clear();
     if frames.capacity() > SMALL {
         let frames = std::mem::take(frames);
-        FRAMES.with_borrow_mut(|spare| {
-            if spare.len() < SPARE && frames.capacity() <= LARGE {
-                spare.push(frames);
-            }
-        });
+        if frames.capacity() <= LARGE {
+            FRAMES.set(Some(frames));
+        }
     }
 }
 
 /// Room for [`SEALED`] bytes of records.
 pub(super) fn records() -> Vec<u8> {
-    RECORDS.with_borrow_mut(Vec::pop).unwrap_or_else(|| vec![0; SEALED])
+    RECORDS.take().unwrap_or_else(|| vec![0; SEALED])
 }
 
 /// Gives it back.
 pub(super) fn give_back(records: Vec<u8>) {
-    RECORDS.with_borrow_mut(|spare| {
-        if spare.len() < SPARE && records.len() == SEALED {
-            spare.push(records);
-        }
-    });
+    if records.len() == SEALED {
+        RECORDS.set(Some(records));
+    }
 }
 
 /// The buffer that sockets are read into, empty, with room for up to [`READ`] bytes. What is left in it afterwards is lost; what
