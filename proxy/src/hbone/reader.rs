@@ -98,7 +98,7 @@ impl Core {
                     return Err(self.broken(Code::PROTOCOL_ERROR, "padding that is longer than its frame"));
                 };
                 // The length's own byte counts too (RFC 9113 section 6.1).
-                self.on_data(head.stream, &[], 1)?;
+                self.on_data_part(head.stream, &[], 1);
                 self.data(head, left, pad)?;
                 Ok(rest)
             }
@@ -106,7 +106,7 @@ impl Core {
                 let (data, rest) = input.split_at(left.min(input.len()));
                 let (pad, rest) = rest.split_at(padding.min(rest.len()));
                 let (left, padding) = (left - data.len(), padding - pad.len());
-                self.on_data(id, data, data.len() + pad.len())?;
+                self.on_data_part(id, data, pad.len());
                 self.reader.at = At::Data { id, end, empty, left, padding };
                 if left + padding == 0 {
                     self.reader.at = At::Head;
@@ -149,6 +149,7 @@ impl Core {
             return Err(self.broken(Code::PROTOCOL_ERROR, "a frame of the wrong stream"));
         }
         if head.kind == kind::DATA {
+            self.on_data(head.stream, head.length)?;
             if head.has(flag::PADDED) {
                 if head.length == 0 {
                     return Err(self.broken(Code::FRAME_SIZE_ERROR, "a padded frame without a length"));
@@ -201,6 +202,13 @@ impl Core {
             kind::PRIORITY => Err(self.broken(Code::FRAME_SIZE_ERROR, "a PRIORITY of a wrong length")),
             kind::PUSH_PROMISE => {
                 Err(self.broken(Code::PROTOCOL_ERROR, "a PUSH_PROMISE, which was not granted"))
+            }
+            // Too short for what its flags say is there (RFC 9113 section 4.2).
+            kind::HEADERS
+                if payload.len()
+                    < usize::from(head.has(flag::PADDED)) + 5 * usize::from(head.has(flag::PRIORITY)) =>
+            {
+                Err(self.broken(Code::FRAME_SIZE_ERROR, "headers that are too short"))
             }
             kind::HEADERS => match fragment(head, payload) {
                 Some(block) if head.has(flag::END_HEADERS) => self.on_headers(head.stream, end, block),

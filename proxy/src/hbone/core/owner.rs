@@ -14,7 +14,7 @@ use super::{
         frame::{self, Code, MAX, flag, kind},
         hpack,
     },
-    Asked, BACKLOG, Core, DEFAULT_FRAME, Leaving, Lost, PRIORITY, QUANTUM, SHARE,
+    Asked, BACKLOG, Core, DEFAULT_FRAME, FORGOTTEN, Leaving, Lost, PRIORITY, QUANTUM, Role, SHARE,
 };
 use crate::copy::Failed;
 
@@ -34,7 +34,7 @@ impl Core {
         }
         let id = self.next;
         self.next += 2;
-        let mut block = Vec::with_capacity(512);
+        let mut block = self.block(512);
         hpack::named(&mut block, hpack::index::METHOD, b"CONNECT");
         hpack::named(&mut block, hpack::index::AUTHORITY, authority.to_string().as_bytes());
         for (name, value) in headers {
@@ -86,10 +86,10 @@ impl Core {
         }
         stream.answered = true;
         let end = status != StatusCode::OK;
-        let mut block = Vec::with_capacity(8);
+        stream.finished = end;
+        let mut block = self.block(8);
         if end {
             hpack::named(&mut block, hpack::index::STATUS, status.as_str().as_bytes());
-            stream.finished = true;
         } else {
             hpack::indexed(&mut block, hpack::index::STATUS);
         }
@@ -244,9 +244,30 @@ impl Core {
         let Some(stream) = self.streams.get_mut(&id) else { return };
         if stream.lost.is_none() && !(stream.ended && stream.finished) {
             stream.lost = Some(Lost::Reset(code));
-            frame::reset(&mut self.out, id, code);
+            self.say_reset(id, code);
             self.wake_driver();
         }
+    }
+
+    /// Tells the peer, which may send more before it knows.
+    pub(super) fn say_reset(&mut self, id: u32, code: Code) {
+        frame::reset(&mut self.out, id, code);
+        if self.role == Role::Server {
+            if self.forgotten.len() == FORGOTTEN {
+                self.forgotten.pop_front();
+            }
+            self.forgotten.push_back(id);
+        }
+    }
+
+    /// Begins a header block.
+    fn block(&mut self, room: usize) -> Vec<u8> {
+        let mut block = Vec::with_capacity(room);
+        // RFC 9113 section 4.3.1; we never use the table, whatever its size.
+        if std::mem::take(&mut self.shrunk) {
+            hpack::forget(&mut block);
+        }
+        block
     }
 
     /// Lets go of a stream, which is reset where it is not over.
