@@ -133,6 +133,8 @@ struct Stream {
     ended: bool,
     /// We will send no more.
     finished: bool,
+    /// The peer has answered in full and reads no more, which is no failure (RFC 9113 section 8.1).
+    deaf: bool,
     lost: Option<Lost>,
     /// The answer to a CONNECT that we sent.
     answer: Option<StatusCode>,
@@ -376,6 +378,7 @@ impl Core {
             credit: self.peer_window.into(),
             ended: false,
             finished: false,
+            deaf: false,
             lost: None,
             answer: None,
             answered: false,

@@ -19,6 +19,7 @@ use weft_runtime::Tasks;
 
 use super::*;
 
+mod answers;
 mod differential;
 mod fairness;
 mod floods;

@@ -208,7 +208,11 @@ impl Core {
         cx: &mut Context<'_>,
         read: impl FnOnce(&mut Context<'_>, &mut Limit<&mut Vec<u8>>) -> Poll<io::Result<usize>>,
     ) -> Poll<Result<usize, Failed>> {
-        let room = ready!(self.room(id, cx)).map_err(Failed::Writer)?;
+        let room = match ready!(self.room(id, cx)) {
+            Ok(room) => room,
+            Err(_) if self.streams.get(&id).is_some_and(|stream| stream.deaf) => return unheard(cx, read),
+            Err(error) => return Poll::Ready(Err(Failed::Writer(error))),
+        };
         let most = room.min(self.peer_frame).min(self.settings.frame);
         let before = self.out.len();
         self.out.reserve(frame::HEAD + most);
@@ -306,5 +310,17 @@ impl Core {
             frame::goaway(&mut self.out, MAX, Code::NO_ERROR);
             self.ping();
         }
+    }
+}
+
+/// Reads what nobody will hear: a failure as soon as there is anything.
+fn unheard(
+    cx: &mut Context<'_>,
+    read: impl FnOnce(&mut Context<'_>, &mut Limit<&mut Vec<u8>>) -> Poll<io::Result<usize>>,
+) -> Poll<Result<usize, Failed>> {
+    match ready!(read(cx, &mut (&mut Vec::new()).limit(1))) {
+        Ok(0) => Poll::Ready(Ok(0)),
+        Ok(_) => Poll::Ready(Err(Failed::Writer(Lost::Reset(Code::NO_ERROR).into()))),
+        Err(error) => Poll::Ready(Err(Failed::Reader(error))),
     }
 }

@@ -148,8 +148,11 @@ impl Core {
         let Some(stream) = self.streams.get_mut(&id) else { return self.costs("too many RST_STREAMs") };
         let lost = if Code(code) == Code::REFUSED_STREAM { Lost::Refused } else { Lost::Reset(Code(code)) };
         let early = !stream.answered;
-        // After both ends it says nothing new (section 8.1: a whole response may be followed by one).
-        if !stream.ended || !stream.finished {
+        // After both ends it says nothing new; after a whole answer it says that the peer reads no more (section 8.1).
+        if self.role == Role::Client && stream.ended && Code(code) == Code::NO_ERROR {
+            stream.deaf = !stream.finished;
+            stream.finished = true;
+        } else if !stream.ended || !stream.finished {
             stream.lost.get_or_insert(lost);
         }
         self.woken.extend(stream.reader.take().into_iter().chain(stream.writer.take()));

@@ -193,6 +193,11 @@ fn rare() -> Vec<(Role, u32, Vec<Step>)> {
             12_000,
             vec![headers_of(used, &[ANSWER[0].clone(), field("", "1")], false, &[9, 9, 9])],
         ),
+        (
+            Role::Client,
+            12_000,
+            vec![headers_of(used, &ANSWER, true, &[]), Step::Sent(used, Sent::Reset { code: 0, length: 4 })],
+        ),
         (Role::Client, 12_000, vec![Step::Finish(0), headers_of(used, &[field("x-one", "1")], true, &[])]),
         (Role::Client, 12_000, vec![headers_of(used, &[field(":status", "103")], true, &[])]),
         (Role::Client, 12_000, vec![headers_of(used, &[ANSWER[0].clone(), authority], false, &[])]),

@@ -3,10 +3,13 @@
 
 use super::{
     history::{History, Stream},
-    steps::Part,
+    steps::{ANSWER, Part, REQUEST},
     wire::{Frame, Verdict},
 };
-use crate::hbone::frame::{Code, flag, kind, setting};
+use crate::hbone::{
+    Role,
+    frame::{Code, flag, kind, setting},
+};
 
 /// One frame and what both ends made of it.
 pub(super) struct Case<'a> {
@@ -254,13 +257,17 @@ pub(super) const RULES: &[Rule] = &[
         goes_on: false,
     },
     Rule {
-        // Section 8.2.1; the library waits for more of the name, and forgets it where nothing comes.
-        name: "a field without a name makes a message malformed",
+        // Section 8.1.1. The library reads each frame by itself: what it found malformed before a field that is cut, or
+        // a name that is empty, it has forgotten with the next.
+        name: "what is malformed in a block of several frames",
         holds: |c| {
-            c.has(|part| matches!(part, Part::Field("", ..)))
+            c.headers()
                 && c.frame.kind == kind::CONTINUATION
+                && c.block != REQUEST
+                && c.block != ANSWER
                 && c.we_reset(Code::PROTOCOL_ERROR)
                 && c.theirs.resets.is_empty()
+                && c.theirs.over.is_none()
         },
         goes_on: false,
     },
@@ -310,6 +317,19 @@ pub(super) const RULES: &[Rule] = &[
             c.headers()
                 && c.we_reset(Code::REFUSED_STREAM)
                 && (c.they_reset() || c.they_end(Code::PROTOCOL_ERROR))
+        },
+        goes_on: false,
+    },
+    Rule {
+        // Section 8.1: the answer is not thrown away for it. The library leaves that to whoever reads the code.
+        name: "a reset without error after a whole answer is no failure",
+        holds: |c| {
+            c.frame.kind == kind::RST_STREAM
+                && c.history.role == Role::Client
+                && c.frame.number(0) == Code::NO_ERROR.0
+                && c.stream().ended
+                && c.we_ignore()
+                && c.theirs.lost.contains(&c.frame.stream)
         },
         goes_on: false,
     },

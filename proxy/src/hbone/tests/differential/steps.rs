@@ -27,7 +27,7 @@ pub(super) enum Target {
 }
 
 /// How a field is written.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum How {
     /// For nobody to remember.
     Plain,
@@ -38,7 +38,7 @@ pub(super) enum How {
 }
 
 /// A part of a header block.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Part {
     Field(&'static str, &'static str, How),
     /// An entry of a table.
