@@ -38,6 +38,8 @@ pub struct Connection {
     part: Vec<u8>,
     /// Nothing has been read yet.
     fresh: bool,
+    /// The peer said that it sends no more.
+    closed: bool,
     farewell: Farewell,
 }
 
@@ -81,6 +83,7 @@ impl Connection {
             sealed: (unsent.end > 0).then_some(unsent),
             part: tls.received,
             fresh: true,
+            closed: false,
             farewell: Farewell::None,
         }
     }
@@ -182,6 +185,10 @@ impl Connection {
 
     /// Reads once, and takes in what came.
     fn read(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
+        // Whom the last frames ended had a turn to let go of it.
+        if self.closed {
+            return Poll::Ready(Err(self.ended()));
+        }
         buffers::input(|input| {
             input.extend_from_slice(&self.part);
             // What came with the handshake's end is looked at first.
@@ -212,9 +219,7 @@ impl Connection {
                 }
             }
         });
-        if opened? {
-            return Err(self.ended());
-        }
+        self.closed = opened?;
         self.part = input.to_vec();
         Ok(())
     }

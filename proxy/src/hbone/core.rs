@@ -38,6 +38,8 @@ const CONNECTION_WINDOW: u32 = 16 * 1024 * 1024;
 const DEFAULT_WINDOW: u32 = 65_535;
 /// Frame size that every peer takes.
 const DEFAULT_FRAME: usize = 16_384;
+/// Streams that we reset and remember.
+const FORGOTTEN: usize = 64;
 /// Answers (to PING, SETTINGS, refused streams) that wait for a peer that does not read.
 const MAX_ANSWERS: usize = 64 * 1024;
 
@@ -129,6 +131,8 @@ struct Stream {
     ended: bool,
     /// We will send no more.
     finished: bool,
+    /// The peer has answered in full and reads no more, which is no failure (RFC 9113 section 8.1).
+    deaf: bool,
     lost: Option<Lost>,
     /// The answer to a CONNECT that we sent.
     answer: Option<StatusCode>,
@@ -151,6 +155,8 @@ pub(super) struct Fields {
     pub(super) authority: Option<String>,
     pub(super) status: Option<StatusCode>,
     pub(super) headers: HeaderMap,
+    /// A `:scheme` or a `:path`, which a CONNECT has not.
+    located: bool,
     malformed: bool,
 }
 
@@ -186,6 +192,12 @@ pub(super) struct Core {
     peer_window: u32,
     peer_frame: usize,
     peer_streams: u32,
+    /// What the peer's decoder may remember; we use nothing of it.
+    peer_table: u32,
+    /// The peer reduced it: the next header block has to say so.
+    shrunk: bool,
+    /// Streams that we reset last, of which the peer may not know yet.
+    forgotten: VecDeque<u32>,
     /// Streams that wait for the connection's credit or for room in `out`.
     waiting: VecDeque<u32>,
     /// Those of them that had their share in this turn: they come after all that had none.
@@ -255,6 +267,9 @@ impl Core {
             peer_window: DEFAULT_WINDOW,
             peer_frame: DEFAULT_FRAME,
             peer_streams: settings.streams,
+            peer_table: hpack::TABLE as u32,
+            shrunk: false,
+            forgotten: VecDeque::new(),
             waiting: VecDeque::new(),
             served: VecDeque::new(),
             crowd: false,
@@ -373,6 +388,7 @@ impl Core {
             credit: self.peer_window.into(),
             ended: false,
             finished: false,
+            deaf: false,
             lost: None,
             answer: None,
             answered: false,
@@ -389,19 +405,25 @@ impl Fields {
     /// Takes a field in; RFC 9113 section 8.2 and 8.3 say what makes a message malformed.
     fn take(&mut self, name: &[u8], value: &[u8]) {
         let twice = match name {
-            b":method" => self.method.replace(Method::from_bytes(value).unwrap_or_default()).is_some(),
+            b":method" => match Method::from_bytes(value) {
+                Ok(method) => self.method.replace(method).is_some(),
+                Err(_) => true,
+            },
             b":authority" => self.authority.replace(String::from_utf8_lossy(value).into_owned()).is_some(),
             b":status" => match StatusCode::from_bytes(value) {
                 Ok(status) => self.status.replace(status).is_some(),
                 Err(_) => true,
             },
-            // A CONNECT has neither (section 8.5); its method tells a reader that it is none.
-            b":scheme" | b":path" => false,
+            b":scheme" | b":path" => {
+                self.located = true;
+                false
+            }
             _ => {
                 // No capital letters, and no pseudo-header after this.
                 let lower = !name.iter().any(u8::is_ascii_uppercase);
+                let good = lower && !of_connection(name, value) && value.trim_ascii() == value;
                 match (HeaderName::from_bytes(name), HeaderValue::from_bytes(value)) {
-                    (Ok(name), Ok(value)) if lower => {
+                    (Ok(name), Ok(value)) if good => {
                         self.headers.append(name, value);
                     }
                     _ => self.malformed = true,
@@ -410,5 +432,25 @@ impl Fields {
             }
         };
         self.malformed |= twice || !self.headers.is_empty();
+    }
+
+    /// Whether it can be no request: section 8.3.1, and section 8.5 for a CONNECT.
+    fn no_request(&self) -> bool {
+        let connect = self.method.as_ref() == Some(&Method::CONNECT);
+        self.malformed || self.status.is_some() || self.method.is_none() || (connect && self.located)
+    }
+
+    /// Whether it can be no answer (section 8.3.2).
+    fn no_answer(&self) -> bool {
+        self.malformed || self.method.is_some() || self.authority.is_some() || self.located
+    }
+}
+
+/// Whether a field speaks of a connection, which is HTTP/1's way (section 8.2.2).
+fn of_connection(name: &[u8], value: &[u8]) -> bool {
+    match name {
+        b"connection" | b"proxy-connection" | b"keep-alive" | b"transfer-encoding" | b"upgrade" => true,
+        b"te" => value != b"trailers",
+        _ => false,
     }
 }

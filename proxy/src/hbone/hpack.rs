@@ -4,7 +4,7 @@
 use std::{borrow::Cow, collections::VecDeque, sync::LazyLock};
 
 /// Size of the dynamic table that peers may use, in the RFC's bytes: its default, which we never change.
-const TABLE: usize = 4096;
+pub(super) const TABLE: usize = 4096;
 /// What an entry counts beside its text (section 4.1).
 const OVERHEAD: usize = 32;
 /// Largest header list that is read, counted as the RFC's section 6.5.2 does.
@@ -216,6 +216,11 @@ static CODE: LazyLock<Vec<Rank>> = LazyLock::new(|| {
     }
     ranks
 });
+
+/// Appends that the table is empty from here on.
+pub(super) fn forget(out: &mut Vec<u8>) {
+    out.push(0x20);
+}
 
 /// Appends a field of the static table.
 pub(super) fn indexed(out: &mut Vec<u8>, index: u8) {

@@ -99,15 +99,15 @@ impl Core {
                     return Err(self.broken(Code::PROTOCOL_ERROR, "padding that is longer than its frame"));
                 };
                 // The length's own byte counts too (RFC 9113 section 6.1).
-                self.on_data(head.stream, Bytes::new(), 1)?;
+                self.on_data_part(head.stream, Bytes::new(), 1);
                 self.data(head, left, pad)
             }
             At::Data { id, end, empty, left, padding } => {
                 let data = input.split_to(left.min(input.len()));
                 let pad = padding.min(input.len());
                 input.advance(pad);
-                let (left, padding, counts) = (left - data.len(), padding - pad, data.len() + pad);
-                self.on_data(id, data, counts)?;
+                let (left, padding) = (left - data.len(), padding - pad);
+                self.on_data_part(id, data, pad);
                 self.reader.at = At::Data { id, end, empty, left, padding };
                 if left + padding == 0 {
                     self.reader.at = At::Head;
@@ -151,6 +151,7 @@ impl Core {
             return Err(self.broken(Code::PROTOCOL_ERROR, "a frame of the wrong stream"));
         }
         if head.kind == kind::DATA {
+            self.on_data(head.stream, head.length)?;
             if head.has(flag::PADDED) {
                 if head.length == 0 {
                     return Err(self.broken(Code::FRAME_SIZE_ERROR, "a padded frame without a length"));
@@ -203,6 +204,13 @@ impl Core {
             kind::PRIORITY => Err(self.broken(Code::FRAME_SIZE_ERROR, "a PRIORITY of a wrong length")),
             kind::PUSH_PROMISE => {
                 Err(self.broken(Code::PROTOCOL_ERROR, "a PUSH_PROMISE, which was not granted"))
+            }
+            // Too short for what its flags say is there (RFC 9113 section 4.2).
+            kind::HEADERS
+                if payload.len()
+                    < usize::from(head.has(flag::PADDED)) + 5 * usize::from(head.has(flag::PRIORITY)) =>
+            {
+                Err(self.broken(Code::FRAME_SIZE_ERROR, "headers that are too short"))
             }
             kind::HEADERS => match fragment(head, payload) {
                 Some(block) if head.has(flag::END_HEADERS) => self.on_headers(head.stream, end, block),

@@ -18,6 +18,8 @@ use weft_runtime::Tasks;
 
 use super::*;
 
+mod answers;
+mod differential;
 mod fairness;
 mod floods;
 mod interop;
@@ -74,6 +76,15 @@ async fn dialled(mut tcp: TcpStream) -> Ready {
 async fn accepted(mut tcp: TcpStream) -> Ready {
     let tls = crate::tls::accept(&mut tcp, CONFIGS.1.clone()).await.unwrap();
     (tcp, tls)
+}
+
+/// A client of the TLS library, and our server's end.
+async fn stranger() -> (tokio_rustls::client::TlsStream<TcpStream>, Ready) {
+    let (client, server) = sockets().await;
+    let name = ServerName::try_from("test").unwrap();
+    let connector = tokio_rustls::TlsConnector::from(CONFIGS.0.clone());
+    let (client, server) = tokio::join!(connector.connect(name, client), accepted(server));
+    (client.unwrap(), server)
 }
 
 /// A task and what it gives.

@@ -16,7 +16,7 @@ use super::{
         hpack,
         received::PARTS,
     },
-    Asked, BACKLOG, Core, DEFAULT_FRAME, Leaving, Lost, PRIORITY, QUANTUM,
+    Asked, BACKLOG, Core, DEFAULT_FRAME, FORGOTTEN, Leaving, Lost, PRIORITY, QUANTUM, Role,
 };
 use crate::copy::Failed;
 
@@ -36,7 +36,7 @@ impl Core {
         }
         let id = self.next;
         self.next += 2;
-        let mut block = Vec::with_capacity(512);
+        let mut block = self.block(512);
         hpack::named(&mut block, hpack::index::METHOD, b"CONNECT");
         hpack::named(&mut block, hpack::index::AUTHORITY, authority.to_string().as_bytes());
         for (name, value) in headers {
@@ -88,10 +88,10 @@ impl Core {
         }
         stream.answered = true;
         let end = status != StatusCode::OK;
-        let mut block = Vec::with_capacity(8);
+        stream.finished = end;
+        let mut block = self.block(8);
         if end {
             hpack::named(&mut block, hpack::index::STATUS, status.as_str().as_bytes());
-            stream.finished = true;
         } else {
             hpack::indexed(&mut block, hpack::index::STATUS);
         }
@@ -208,7 +208,11 @@ impl Core {
         cx: &mut Context<'_>,
         read: impl FnOnce(&mut Context<'_>, &mut Limit<&mut Vec<u8>>) -> Poll<io::Result<usize>>,
     ) -> Poll<Result<usize, Failed>> {
-        let room = ready!(self.room(id, cx)).map_err(Failed::Writer)?;
+        let room = match ready!(self.room(id, cx)) {
+            Ok(room) => room,
+            Err(_) if self.streams.get(&id).is_some_and(|stream| stream.deaf) => return unheard(cx, read),
+            Err(error) => return Poll::Ready(Err(Failed::Writer(error))),
+        };
         let most = room.min(self.peer_frame).min(self.settings.frame);
         let before = self.out.len();
         buffers::reserve(&mut self.out, frame::HEAD + most);
@@ -244,9 +248,30 @@ impl Core {
         let Some(stream) = self.streams.get_mut(&id) else { return };
         if stream.lost.is_none() && !(stream.ended && stream.finished) {
             stream.lost = Some(Lost::Reset(code));
-            frame::reset(&mut self.out, id, code);
+            self.say_reset(id, code);
             self.wake_driver();
         }
+    }
+
+    /// Tells the peer, which may send more before it knows.
+    pub(super) fn say_reset(&mut self, id: u32, code: Code) {
+        frame::reset(&mut self.out, id, code);
+        if self.role == Role::Server {
+            if self.forgotten.len() == FORGOTTEN {
+                self.forgotten.pop_front();
+            }
+            self.forgotten.push_back(id);
+        }
+    }
+
+    /// Begins a header block.
+    fn block(&mut self, room: usize) -> Vec<u8> {
+        let mut block = Vec::with_capacity(room);
+        // RFC 9113 section 4.3.1; we never use the table, whatever its size.
+        if std::mem::take(&mut self.shrunk) {
+            hpack::forget(&mut block);
+        }
+        block
     }
 
     /// Lets go of a stream, which is reset where it is not over.
@@ -285,5 +310,17 @@ impl Core {
             frame::goaway(&mut self.out, MAX, Code::NO_ERROR);
             self.ping();
         }
+    }
+}
+
+/// Reads what nobody will hear: a failure as soon as there is anything.
+fn unheard(
+    cx: &mut Context<'_>,
+    read: impl FnOnce(&mut Context<'_>, &mut Limit<&mut Vec<u8>>) -> Poll<io::Result<usize>>,
+) -> Poll<Result<usize, Failed>> {
+    match ready!(read(cx, &mut (&mut Vec::new()).limit(1))) {
+        Ok(0) => Poll::Ready(Ok(0)),
+        Ok(_) => Poll::Ready(Err(Failed::Writer(Lost::Reset(Code::NO_ERROR).into()))),
+        Err(error) => Poll::Ready(Err(Failed::Reader(error))),
     }
 }

@@ -3,7 +3,10 @@
 use bytes::Bytes;
 
 use super::{
-    super::frame::{self, Code, MAX, flag, kind, setting},
+    super::{
+        frame::{self, Code, MAX, flag, kind, setting},
+        hpack::HpackError,
+    },
     Asked, CONNECTION_WINDOW, Core, Error, Fields, Leaving, Lost, Role,
 };
 
@@ -24,8 +27,13 @@ impl Core {
             let id = u16::from_be_bytes([pair[0], pair[1]]);
             let value = u32::from_be_bytes([pair[2], pair[3], pair[4], pair[5]]);
             match id {
-                setting::ENABLE_PUSH if value > 1 => {
-                    return Err(self.broken(Code::PROTOCOL_ERROR, "ENABLE_PUSH is neither 0 nor 1"));
+                setting::HEADER_TABLE_SIZE => {
+                    self.shrunk |= value < self.peer_table;
+                    self.peer_table = value;
+                }
+                // A server has nothing to enable (section 6.5.2).
+                setting::ENABLE_PUSH if value > u32::from(self.role == Role::Server) => {
+                    return Err(self.broken(Code::PROTOCOL_ERROR, "ENABLE_PUSH is what it may not be"));
                 }
                 setting::MAX_CONCURRENT_STREAMS => self.peer_streams = value,
                 setting::INITIAL_WINDOW_SIZE => {
@@ -122,7 +130,9 @@ impl Core {
             return Ok(());
         }
         self.not_idle(id)?;
-        let Some(stream) = self.streams.get_mut(&id) else { return Ok(()) };
+        let Some(stream) = self.streams.get_mut(&id).filter(|stream| stream.lost.is_none()) else {
+            return Ok(());
+        };
         stream.credit += increment;
         if increment == 0 || stream.credit > i64::from(MAX) {
             let code = if increment == 0 { Code::PROTOCOL_ERROR } else { Code::FLOW_CONTROL_ERROR };
@@ -140,8 +150,11 @@ impl Core {
         let Some(stream) = self.streams.get_mut(&id) else { return self.costs("too many RST_STREAMs") };
         let lost = if Code(code) == Code::REFUSED_STREAM { Lost::Refused } else { Lost::Reset(Code(code)) };
         let early = !stream.answered;
-        // After both ends it says nothing new (section 8.1: a whole response may be followed by one).
-        if !stream.ended || !stream.finished {
+        // After both ends it says nothing new; after a whole answer it says that the peer reads no more (section 8.1).
+        if self.role == Role::Client && stream.ended && Code(code) == Code::NO_ERROR {
+            stream.deaf = !stream.finished;
+            stream.finished = true;
+        } else if !stream.ended || !stream.finished {
             stream.lost.get_or_insert(lost);
         }
         self.woken.extend(stream.reader.take().into_iter().chain(stream.writer.take()));
@@ -162,8 +175,12 @@ impl Core {
     pub(in crate::hbone) fn on_headers(&mut self, id: u32, end: bool, block: &[u8]) -> Result<(), Error> {
         let mut fields = Fields::default();
         let decoded = self.decoder.decode(block, |name, value| fields.take(name, value));
-        if decoded.is_err() {
-            return Err(self.broken(Code::COMPRESSION_ERROR, "a header block that cannot be read"));
+        match decoded {
+            Ok(()) => {}
+            Err(HpackError::TooLarge) => {
+                return Err(self.broken(Code::ENHANCE_YOUR_CALM, "a header list that is too large"));
+            }
+            Err(_) => return Err(self.broken(Code::COMPRESSION_ERROR, "a header block that cannot be read")),
         }
         if self.streams.contains_key(&id) {
             return self.on_answer(id, end, &fields);
@@ -172,33 +189,34 @@ impl Core {
             self.not_idle(id)?;
             return self.costs("too many headers of closed streams");
         }
+        if self.forgotten.contains(&id) {
+            return self.costs("too many headers of streams that were reset");
+        }
         if id <= self.last {
             return Err(self.broken(Code::STREAM_CLOSED, "headers of a stream that is closed"));
         }
         self.last = id;
         if self.leaving == Leaving::Said {
-            return self.refuse(id);
+            return self.deny(id, Code::REFUSED_STREAM);
         }
         // A reset stream counts until its task has let go of it, so that resets do not buy more of them.
         if self.streams.len() >= self.settings.streams as usize {
-            return self.refuse(id);
+            return self.deny(id, Code::REFUSED_STREAM);
         }
         let mut stream = self.stream();
         stream.ended = end;
         self.streams.insert(id, stream);
-        if fields.malformed {
+        if fields.no_request() {
             self.streams.remove(&id);
-            frame::reset(&mut self.out, id, Code::PROTOCOL_ERROR);
-            self.answers += frame::HEAD + 4;
-            return self.took_back();
+            return self.deny(id, Code::PROTOCOL_ERROR);
         }
         self.asked.push_back(Asked { id, fields });
         self.woken.extend(self.acceptor.take());
         Ok(())
     }
 
-    fn refuse(&mut self, id: u32) -> Result<(), Error> {
-        frame::reset(&mut self.out, id, Code::REFUSED_STREAM);
+    fn deny(&mut self, id: u32, code: Code) -> Result<(), Error> {
+        self.say_reset(id, code);
         self.answers += frame::HEAD + 4;
         self.took_back()
     }
@@ -215,11 +233,14 @@ impl Core {
     fn on_answer(&mut self, id: u32, end: bool, fields: &Fields) -> Result<(), Error> {
         let role = self.role;
         let Some(stream) = self.streams.get_mut(&id) else { return Ok(()) };
+        if stream.lost.is_some() {
+            return self.costs("too many headers of streams that were reset");
+        }
         if stream.ended {
             return self.reset_by_us(id, Code::STREAM_CLOSED);
         }
         if role == Role::Client && !stream.answered {
-            let Some(status) = fields.status.filter(|_| !fields.malformed) else {
+            let Some(status) = fields.status.filter(|_| !fields.no_answer()) else {
                 return self.reset_by_us(id, Code::PROTOCOL_ERROR);
             };
             // Interim answers say nothing to us (section 8.1).
@@ -232,7 +253,8 @@ impl Core {
             }
             stream.answer = Some(status);
             stream.answered = true;
-        } else if !end {
+        } else {
+            // A CONNECT has no trailers (section 8.5).
             return self.reset_by_us(id, Code::PROTOCOL_ERROR);
         }
         stream.ended = end;
@@ -240,28 +262,37 @@ impl Core {
         Ok(())
     }
 
-    /// A part of a DATA frame's payload; `counts` is what it takes of the windows, padding included.
-    pub(in crate::hbone) fn on_data(&mut self, id: u32, data: Bytes, counts: usize) -> Result<(), Error> {
-        let counts = counts as u32;
+    /// The head of a DATA frame, whose whole length counts, padding included.
+    pub(in crate::hbone) fn on_data(&mut self, id: u32, length: usize) -> Result<(), Error> {
+        self.not_idle(id)?;
+        let role = self.role;
+        let Some(stream) = self.streams.get_mut(&id).filter(|stream| stream.lost.is_none()) else {
+            return Ok(());
+        };
+        if stream.ended {
+            self.reset_by_us(id, Code::STREAM_CLOSED)
+        } else if role == Role::Client && !stream.answered {
+            self.reset_by_us(id, Code::PROTOCOL_ERROR)
+        } else if stream.window.take(length as u32) {
+            Ok(())
+        } else {
+            self.reset_by_us(id, Code::FLOW_CONTROL_ERROR)
+        }
+    }
+
+    /// A part of its payload: data, and so many bytes of padding.
+    pub(in crate::hbone) fn on_data_part(&mut self, id: u32, data: Bytes, padding: usize) {
         // On receipt: what streams hold does not slow the others.
-        self.taken += counts;
+        self.taken += (data.len() + padding) as u32;
         if self.taken >= CONNECTION_WINDOW / 4 {
             frame::window(&mut self.out, 0, self.taken);
             self.taken = 0;
         }
-        let Some(stream) = self.streams.get_mut(&id) else { return Ok(()) };
-        if stream.lost.is_some() {
-            return Ok(());
-        }
-        if stream.ended {
-            return self.reset_by_us(id, Code::STREAM_CLOSED);
-        }
-        if !stream.window.take(counts) {
-            return self.reset_by_us(id, Code::FLOW_CONTROL_ERROR);
-        }
+        let Some(stream) = self.streams.get_mut(&id).filter(|stream| stream.lost.is_none()) else { return };
         // Padding is delivered to nobody, so its credit goes back at once.
-        let padding = counts - data.len() as u32;
-        if let Some(increment) = stream.window.deliver(padding, false, self.now) {
+        if padding > 0
+            && let Some(increment) = stream.window.deliver(padding as u32, false, self.now)
+        {
             frame::window(&mut self.out, id, increment);
         }
         if !data.is_empty() {
@@ -270,34 +301,35 @@ impl Core {
             }
             self.woken.extend(stream.reader.take());
         }
-        Ok(())
     }
 
     /// The end of a DATA frame.
     pub(in crate::hbone) fn on_data_end(&mut self, id: u32, end: bool, empty: bool) -> Result<(), Error> {
-        self.not_idle(id)?;
         if empty && !end {
-            return self.costs("too many empty DATA frames");
+            self.costs("too many empty DATA frames")?;
         }
-        let Some(stream) = self.streams.get_mut(&id) else { return self.costs("DATA of closed streams") };
-        if end {
-            stream.ended = true;
-            self.woken.extend(stream.reader.take());
+        match self.streams.get_mut(&id) {
+            Some(stream) if end && stream.lost.is_none() => {
+                stream.ended = true;
+                self.woken.extend(stream.reader.take());
+                Ok(())
+            }
+            Some(_) => Ok(()),
+            None => self.costs("DATA of closed streams"),
         }
-        Ok(())
     }
 
     fn not_idle(&mut self, id: u32) -> Result<(), Error> {
-        let ours = self.role == Role::Client && id % 2 == 1;
-        let idle = if ours { id >= self.next } else { id > self.last };
-        if idle {
+        // Only clients open streams, those with odd numbers (section 5.1.1).
+        let next = if self.role == Role::Client { self.next } else { self.last + 1 };
+        if id.is_multiple_of(2) || id >= next {
             return Err(self.broken(Code::PROTOCOL_ERROR, "a frame of a stream that nobody opened"));
         }
         Ok(())
     }
 
     fn reset_by_us(&mut self, id: u32, code: Code) -> Result<(), Error> {
-        frame::reset(&mut self.out, id, code);
+        self.say_reset(id, code);
         self.answers += frame::HEAD + 4;
         if let Some(stream) = self.streams.get_mut(&id) {
             stream.lost.get_or_insert(Lost::Reset(code));

@@ -5,6 +5,8 @@ use std::time::Instant;
 use super::{super::frame::*, *};
 use crate::hbone::{core::Core, hpack};
 
+mod neighbours;
+
 struct Peer {
     core: Core,
     bytes: Vec<u8>,
@@ -202,6 +204,39 @@ fn what_breaks_the_protocol_ends_it_with_its_code() {
     let mut peer =
         Peer { core: Core::new(Role::Server, SETTINGS, Instant::now()), bytes: b"GET / HTTP/1.1".to_vec() };
     assert_eq!(peer.send(), Err(Code::PROTOCOL_ERROR));
+}
+
+/// RFC 9113 section 4.3.1: the first block after a reduction begins with the table's new size.
+#[test]
+fn a_smaller_table_is_acknowledged_in_the_next_block() {
+    let mut peer = Peer::new();
+    peer.frame(kind::SETTINGS, 0, 0, &[0, 1, 0, 0, 0x10, 0]).connect(1);
+    peer.frame(kind::SETTINGS, 0, 0, &[0, 1, 0, 0, 0, 0]).connect(3).connect(5);
+    assert_eq!(peer.send(), Ok(()));
+    peer.core.take_out(&mut Vec::new());
+    for (id, block) in [(1, &[0x20, 0x88][..]), (3, &[0x88])] {
+        peer.core.answer(id, StatusCode::OK).unwrap();
+        let mut out = Vec::new();
+        peer.core.take_out(&mut out);
+        assert_eq!(&out[HEAD..], block, "stream {id}");
+    }
+}
+
+/// What was under way when we reset a stream is no fault of the peer's (RFC 9113 section 5.1).
+#[test]
+fn what_follows_on_a_reset_is_ignored() {
+    let mut peer = Peer::new();
+    assert_eq!(peer.connect(1).send(), Ok(()));
+    peer.core.drop_stream(1, Code::CANCEL);
+    peer.frame(kind::DATA, 0, 1, b"late").connect(1).frame(kind::WINDOW_UPDATE, 0, 1, &[0; 4]);
+    peer.frame(kind::RST_STREAM, 0, 1, &[0; 4]);
+    assert_eq!(peer.send(), Ok(()));
+    // Once it is long ago, it is one that was used before.
+    for n in 1..70 {
+        assert_eq!(peer.connect(1 + 2 * n).send(), Ok(()));
+        peer.core.drop_stream(1 + 2 * n, Code::CANCEL);
+    }
+    assert_eq!(peer.connect(1).send(), Err(Code::STREAM_CLOSED));
 }
 
 /// The same bytes give the same, however they are cut.

@@ -1,16 +1,12 @@
 //! The h2 library as the peer, in both roles.
 
-use tokio_rustls::{TlsAcceptor, TlsConnector};
+use tokio_rustls::TlsAcceptor;
 
 use super::*;
 
 #[tokio::test]
 async fn a_client_of_the_library_is_served() {
-    let (client, server) = sockets().await;
-    let name = ServerName::try_from("test").unwrap();
-    let connector = TlsConnector::from(CONFIGS.0.clone());
-    let (client, (socket, tls)) = tokio::join!(connector.connect(name, client), accepted(server));
-    let client = client.unwrap();
+    let (client, (socket, tls)) = stranger().await;
     let (mut requests, _control, connection) = Connection::server(socket, tls, SETTINGS);
     start(connection);
     let serving = start(async move {
