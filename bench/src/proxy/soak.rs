@@ -26,7 +26,7 @@ use rest::Held;
 use table::Story;
 
 /// How long every load runs before the first measurement.
-const WARM: Duration = Duration::from_secs(6);
+const WARM: Duration = Duration::from_secs(10);
 /// How often the loads are looked at.
 const TICK: Duration = Duration::from_millis(100);
 
@@ -106,17 +106,26 @@ pub(crate) fn run(args: &SoakArgs, say: &dyn Fn(&str)) -> Result<usize> {
     Ok(short)
 }
 
-/// Runs every load for a while, and as many connections as the record of flows has room for.
+/// Runs every load with kills for a while, and as many connections as the record of flows has room for.
 fn warm(ground: &mut Ground, seed: u64) -> Result<()> {
     let loads = Loads::start(ground, &loads::all(ground)?, seed)?;
-    let end = Instant::now() + WARM;
-    while Instant::now() < end {
-        weft_tests::interrupt::check()?;
-        ground.check()?;
-        std::thread::sleep(TICK);
+    let mut reaper = Reaper::start(ground, !seed, WARM)?;
+    let start = Instant::now();
+    while start.elapsed() < WARM {
+        tick(ground, &mut reaper, start.elapsed())?;
     }
+    reaper.finish(ground)?;
     loads.finish()?;
     loads::fill(ground)
+}
+
+/// One look at a load that has lasted for so long.
+fn tick(ground: &mut Ground, reaper: &mut Reaper, at: Duration) -> Result<()> {
+    reaper.tick(ground, at)?;
+    ground.check()?;
+    weft_tests::interrupt::check()?;
+    std::thread::sleep(TICK);
+    Ok(())
 }
 
 /// Both agents' and everything else's processor seconds.
@@ -175,10 +184,7 @@ fn load(
         if at >= span {
             break;
         }
-        reaper.tick(ground, at)?;
-        ground.check()?;
-        weft_tests::interrupt::check()?;
-        std::thread::sleep(TICK);
+        tick(ground, &mut reaper, at)?;
     }
     let kills = reaper.finish(ground)?;
     let told = loads.finish()?;

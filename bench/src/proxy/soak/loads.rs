@@ -37,8 +37,8 @@ pub(super) struct Load {
     rate: f64,
 }
 
-/// All of them. They take about half a processor with the servers and their own, so that what is slow is slow for
-/// another reason than a machine that is too small.
+/// All of them. With servers and clients they take about one processor of two: what is slow is slow for another
+/// reason than a machine that is too small.
 ///
 /// # Errors
 /// Before [`super::place::settle`].
@@ -48,7 +48,7 @@ pub(super) fn all(ground: &Ground) -> Result<Vec<Load>> {
     let load =
         |name, kind, to, connections, rate| Load { name, kind, pod: "client".into(), to, connections, rate };
     let mut all = vec![
-        load("HTTP/1.1", S(Steady::Http), t.http, 16, 300.0),
+        load("HTTP/1.1", S(Steady::Http), t.http, 16, 250.0),
         load("HTTP/1.1, L7", S(Steady::Http), t.l7, 16, 150.0),
         load("HTTP/1.1, L7, same node", S(Steady::Http), t.l7_near, 4, 50.0),
         load("HTTP/2", S(Steady::Http2), t.h2, 4, 200.0),
@@ -61,11 +61,11 @@ pub(super) fn all(ground: &Ground) -> Result<Vec<Load>> {
         load("slow readers", S(Steady::Slow), t.blobs, 12, 12.0),
         load("idle connections", S(Steady::Idle), t.http, 150, 150.0),
         load("idle connections, L7", S(Steady::Idle), t.l7, 50, 50.0),
-        load("doomed HTTP/1.1", D(Doomed::Http), t.http, 8, 20.0),
-        load("doomed HTTP/1.1, L7", D(Doomed::Http), t.l7, 8, 15.0),
+        load("doomed HTTP/1.1", D(Doomed::Http), t.http, 8, 15.0),
+        load("doomed HTTP/1.1, L7", D(Doomed::Http), t.l7, 8, 10.0),
         load("doomed HTTP/2", D(Doomed::Http2), t.h2, 2, 2.0),
         load("doomed HTTP/2, L7", D(Doomed::Http2), t.l7_h2, 2, 2.0),
-        load("doomed blobs", D(Doomed::Blobs), t.blobs, 8, 20.0),
+        load("doomed blobs", D(Doomed::Blobs), t.blobs, 8, 15.0),
         load("stalled readers", D(Doomed::Stalled), t.http, 16, 16.0),
         load("stalled readers, L7", D(Doomed::Stalled), t.l7, 8, 8.0),
     ];
@@ -99,7 +99,7 @@ pub(super) fn victims(ground: &Ground, pod: &str, dice: &mut Dice) -> Result<Bes
 }
 
 impl Load {
-    /// Whether a failure of it counts. It does for the doomed too: until its end each is served like all others.
+    /// Starts it. What fails of the doomed counts too: until its end each is served like all others.
     fn start(&self, ground: &Ground, seed: u64) -> Result<Beside> {
         let (what, kind) = match self.kind {
             Kind::Steady(kind) => ("steady", kind.to_possible_value()),

@@ -1,8 +1,11 @@
 //! What an agent holds, and waiting until it holds no more.
 
-use std::{fs, time::Duration};
+use std::{
+    fs,
+    time::{Duration, Instant},
+};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use serde::Serialize;
 use weft_tests::{
     lab::Node,
@@ -16,8 +19,10 @@ use super::{super::ground::Ground, until};
 const LIMIT: Duration = Duration::from_secs(150);
 /// Of resident memory, what may be more afterwards.
 pub(super) const GROWTH: f64 = 1.10;
+/// How long everything must have been the same.
+const STILL: Duration = Duration::from_secs(10);
 /// Two looks at memory at rest differ by less, MiB.
-const STILL: f64 = 0.15;
+const FLUTTER: f64 = 0.5;
 
 /// What an agent holds.
 #[derive(Debug, Clone, Serialize)]
@@ -68,7 +73,8 @@ fn held(node: &Node) -> Result<Held> {
         tasks: sum("weft_tasks")?,
         connections: sum("weft_connections_opened_total")? - sum("weft_connections_closed_total")?,
         tunnels: sum("weft_tunnels")?,
-        panics: metrics::sum(&samples, "weft_task_panics_total", &[]),
+        // No series until there is one; an empty sum is minus zero.
+        panics: metrics::sum(&samples, "weft_task_panics_total", &[]) + 0.0,
     })
 }
 
@@ -78,33 +84,65 @@ fn counted(samples: &[Sample], name: &str) -> Result<f64> {
     Ok(metrics::sum(samples, name, &[]))
 }
 
-/// Waits until neither agent has a connection or tunnel and memory stands still, and gives what they hold then.
+/// Whether what they hold has been the same for [`STILL`].
+#[derive(Debug, Default)]
+struct Stillness {
+    since: Option<(Instant, Vec<Held>)>,
+}
+
+impl Stillness {
+    /// Takes a look in.
+    ///
+    /// # Errors
+    /// While it still changes.
+    fn see(&mut self, now: &[Held]) -> Result<()> {
+        let same = |old: &[Held]| {
+            old.iter().zip(now).all(|(old, new)| {
+                old.fds == new.fds
+                    && old.tasks == new.tasks
+                    && old.connections == new.connections
+                    && old.tunnels == new.tunnels
+                    && (old.rss_mib - new.rss_mib).abs() < FLUTTER
+            })
+        };
+        match &self.since {
+            Some((since, old)) if same(old) => {
+                ensure!(since.elapsed() >= STILL, "the same for {:.0} s", since.elapsed().as_secs_f64());
+                Ok(())
+            }
+            _ => {
+                self.since = Some((Instant::now(), now.to_vec()));
+                bail!("it changes: {now:?}")
+            }
+        }
+    }
+}
+
+/// Waits until neither agent has a connection or tunnel and everything stands still, and gives what they hold then.
 ///
 /// # Errors
 /// When they do not come to rest.
 pub(super) fn before(ground: &Ground) -> Result<Vec<Held>> {
-    let mut last: Vec<Held> = Vec::new();
+    let mut stillness = Stillness::default();
     let (held, _) = until(LIMIT, "both agents to rest", || {
         let now = look(ground)?;
-        let past = std::mem::replace(&mut last, now.clone());
-        for one in &now {
-            ensure!(one.connections == 0.0 && one.tunnels == 0.0, "{one:?}");
-            let still = past.iter().any(|p| p.node == one.node && (p.rss_mib - one.rss_mib).abs() < STILL);
-            ensure!(still, "its memory still changes: {one:?}");
-        }
+        stillness.see(&now)?;
+        ensure!(now.iter().all(|one| one.connections == 0.0 && one.tunnels == 0.0), "{now:?}");
         Ok(now)
     })?;
     Ok(held)
 }
 
-/// Waits until they hold no more than before, or for as long as it may take; what they hold then, and how long it took.
+/// Waits until they hold no more than before and that stands still, or for as long as it may take; what they hold then,
+/// and how long it took.
 ///
 /// # Errors
 /// When an agent does not answer.
 pub(super) fn after(ground: &Ground, before: &[Held]) -> Result<(Vec<Held>, Duration)> {
-    let start = std::time::Instant::now();
+    let (start, mut stillness) = (Instant::now(), Stillness::default());
     let resting = until(LIMIT, "both agents to rest", || {
         let now = look(ground)?;
+        stillness.see(&now)?;
         for (old, new) in before.iter().zip(&now) {
             ensure!(new.connections <= old.connections && new.tunnels <= old.tunnels, "{new:?}");
             ensure!(new.fds <= old.fds && new.tasks <= old.tasks, "{new:?}");
