@@ -139,7 +139,7 @@ fn blobs(server: SocketAddr, dice: &mut Dice, tally: &mut Tally) -> io::Result<(
             ask(&mut stream, order(true, 2 * FAR, End::Reset))?;
             match blob::receive(&mut stream, seed, 2 * FAR, || ()) {
                 Ok(got) => {
-                    tally.untrue(format!("a server's RST was seen as a clean end ({} bytes)", size(got)))
+                    tally.untrue(format!("a server's RST was seen as a clean end ({} bytes)", size(got)));
                 }
                 Err(error) => broken(&error)?,
             }
