@@ -15,6 +15,9 @@ use crate::{
     load::soak::{Doomed, Steady, Tally},
 };
 
+/// Connections of which an agent keeps what kernel and proxy said (`agent/src/flow/enrich.rs`). Each is a flow at least.
+const CONNECTIONS: f64 = 16_384.0;
+
 /// What a load's connections do.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Kind {
@@ -155,19 +158,23 @@ pub(super) fn read(beside: Beside) -> Result<Tally> {
     serde_json::from_str(&said).with_context(|| format!("it said {said:?}"))
 }
 
-/// Makes connections until the agents' records of flows are full, which are as large then as they become.
+/// Makes connections until what agents keep of the last ones is full, and so as large as it becomes: the records of
+/// flows, and beside them what kernel and proxy said of each connection.
 ///
 /// # Errors
 /// When they do not fill.
 pub(super) fn fill(ground: &Ground) -> Result<()> {
+    let seen = || -> Result<Vec<f64>> {
+        ground.lab.nodes().iter().map(|node| node.sample("weft_flows_total", &[])).collect()
+    };
     let to = targets(ground)?.http.to_string();
     let words = ["steady", "connect", &to, "8", "2000", "1"].map(str::to_owned);
+    let first = seen()?;
     let load = Beside::start(ground.load("client", &words)?, None)?;
-    until(Duration::from_secs(60), "the records of flows to be full", || {
-        for node in ground.lab.nodes() {
-            let (held, room) =
-                (node.sample("weft_flow_ring_entries", &[])?, node.sample("weft_flow_ring_capacity", &[])?);
-            ensure!(held >= room, "{} holds {held} of {room}", node.name);
+    until(Duration::from_secs(120), "the records of flows to be full", || {
+        for (node, (now, first)) in ground.lab.nodes().iter().zip(seen()?.iter().zip(&first)) {
+            let room = node.sample("weft_flow_ring_capacity", &[])?.max(CONNECTIONS);
+            ensure!(now - first >= room, "{} saw {} of {room}", node.name, now - first);
         }
         Ok(())
     })?;
