@@ -146,6 +146,8 @@ struct Inner {
     generation: AtomicU32,
     cgroup: Mutex<Vec<Attachment>>,
     pods: Mutex<Pods>,
+    /// What the proxy has of each Pod.
+    nets: podnet::Nets,
     /// The tables as of the last reconciliation.
     tables: Mutex<Arc<Tables>>,
     ring_taken: Arc<AtomicBool>,
@@ -234,6 +236,7 @@ impl Datapath {
             generation: AtomicU32::new(generation),
             cgroup: Mutex::new(cgroup),
             pods: Mutex::new(pods),
+            nets: podnet::Nets::default(),
             tables: Mutex::default(),
             ring_taken: Arc::default(),
             log: Mutex::new(loaded.log),
@@ -278,7 +281,8 @@ impl Datapath {
         }
         let net = podnet::PodNetwork::new(enrolment.netns.clone(), inner.maps.clone())
             .with_addresses(&spec.addresses);
-        Ok(Enrolled { net: Arc::new(net), listeners, cookie, host_ifindex: enrolment.entry.ifindex, settled })
+        let net = inner.nets.share(net);
+        Ok(Enrolled { net, listeners, cookie, host_ifindex: enrolment.entry.ifindex, settled })
     }
 
     /// Gives an enrolled Pod another subject, mode or fail mode. Listeners and connections stay.

@@ -25,7 +25,7 @@ mod revocation;
 
 pub use revocation::denied;
 
-/// How often attachments are looked at, failed Pods are tried again and ring losses are noted.
+/// How often attachments are looked at, failed Pods are tried again, ring losses are noted and sockets given back.
 const TICK: Duration = Duration::from_secs(1);
 /// How long a snapshot that could not be written waits for another try.
 const KEEP_AGAIN: Duration = Duration::from_secs(5);
@@ -383,6 +383,7 @@ impl Node {
 
     fn tick(&mut self) {
         self.note_losses();
+        self.datapath.give_back();
         if self.guards.config.is_none()
             && self.guards.credentials.is_some()
             && self.held()

@@ -1,8 +1,9 @@
 //! A small HTTP/1.1 load generator: blocking sockets, a thread for each connection, one JSON line at the end.
 
 use std::{
-    io::{Read as _, Write as _},
+    io::{self, ErrorKind, Read as _, Write as _},
     net::{SocketAddr, TcpStream},
+    ops::Range,
     sync::Barrier,
     thread,
     time::{Duration, Instant},
@@ -11,6 +12,8 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use clap::Subcommand;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
+
+pub(crate) mod soak;
 
 /// How the server is loaded. Latencies are in microseconds.
 #[derive(Debug, Subcommand)]
@@ -67,6 +70,9 @@ pub(crate) enum Load {
         /// Connections.
         connections: u32,
     },
+    /// Loads that go on until standard input ends.
+    #[command(flatten)]
+    Soak(soak::Soak),
 }
 
 /// Runs it.
@@ -75,6 +81,7 @@ pub(crate) enum Load {
 /// When a thread cannot be started.
 pub(crate) fn run(load: &Load) -> Result<()> {
     match *load {
+        Load::Soak(ref load) => soak::run(load),
         Load::Rate { server, connections, rate, seconds, timeout_ms } => {
             let timeout = Duration::from_millis(timeout_ms);
             report(paced(server, connections, rate, seconds, timeout)?, seconds)
@@ -90,7 +97,7 @@ pub(crate) fn run(load: &Load) -> Result<()> {
             let mut buffer = vec![0; 16_384];
             hold((0..connections).filter_map(|_| {
                 let mut stream = connect(server, Duration::from_secs(5)).ok()?;
-                exchange(&mut stream, &request, &mut buffer)?;
+                exchange(&mut stream, &request, &mut buffer).ok()?;
                 Some(stream)
             }))
         }
@@ -137,26 +144,41 @@ fn connect(server: SocketAddr, timeout: Duration) -> std::io::Result<TcpStream> 
     Ok(stream)
 }
 
-/// One request and its response with a content-length, whose length with head it gives; `None` on any fault.
-fn exchange(stream: &mut TcpStream, request: &[u8], buffer: &mut Vec<u8>) -> Option<usize> {
-    stream.write_all(request).ok()?;
-    let (mut filled, mut wanted) = (0, None);
-    while wanted.is_none_or(|wanted| filled < wanted) {
-        if filled == buffer.len() {
-            buffer.resize(filled * 2, 0);
+/// One request and its response with a content-length; gives where in `buffer` its body is.
+fn exchange(stream: &mut TcpStream, request: &[u8], buffer: &mut Vec<u8>) -> io::Result<Range<usize>> {
+    stream.write_all(request)?;
+    let (mut filled, mut body) = (0, None);
+    loop {
+        match &body {
+            Some(Range { end, .. }) if filled >= *end => return Ok(body.unwrap_or_default()),
+            Some(Range { end, .. }) if buffer.len() < *end => buffer.resize(*end, 0),
+            None if filled == buffer.len() => buffer.resize(filled * 2, 0),
+            _ => {}
         }
-        let read = stream.read(&mut buffer[filled..]).ok().filter(|n| *n > 0)?;
+        let read = stream.read(&mut buffer[filled..])?;
+        if read == 0 {
+            let what = if filled == 0 { "closed without an answer" } else { "closed inside an answer" };
+            return Err(io::Error::new(ErrorKind::UnexpectedEof, what));
+        }
         filled += read;
-        if wanted.is_none()
+        if body.is_none()
             && let Some(end) = buffer[..filled].windows(4).position(|w| w == b"\r\n\r\n")
         {
-            let head = std::str::from_utf8(&buffer[..end]).ok()?.to_ascii_lowercase();
-            head.starts_with("http/1.1 200").then_some(())?;
-            let length = head.split("content-length:").nth(1)?.split("\r\n").next()?.trim();
-            wanted = Some(end + 4 + length.parse::<usize>().ok()?);
+            body = Some(end + 4..end + 4 + length(&buffer[..end])?);
         }
     }
-    Some(filled)
+}
+
+/// The content-length of a response whose head this is.
+fn length(head: &[u8]) -> io::Result<usize> {
+    let head = String::from_utf8_lossy(head).to_ascii_lowercase();
+    if !head.starts_with("http/1.1 200") {
+        let line = head.lines().next().unwrap_or_default();
+        return Err(io::Error::new(ErrorKind::InvalidData, format!("answered {line:?}")));
+    }
+    let length =
+        head.split("content-length:").nth(1).and_then(|rest| rest.lines().next()?.trim().parse().ok());
+    length.ok_or_else(|| io::Error::new(ErrorKind::InvalidData, "an answer without a length"))
 }
 
 type Latencies = (Vec<u64>, u64);
@@ -212,7 +234,7 @@ fn one(
     let (mut buffer, mut latencies, mut errors) = (vec![0; 16_384], Vec::new(), 0);
     let mut stream = connect(server, timeout).ok();
     for _ in 0..20 {
-        if stream.as_mut().and_then(|stream| exchange(stream, request, &mut buffer)).is_none() {
+        if stream.as_mut().and_then(|stream| exchange(stream, request, &mut buffer).ok()).is_none() {
             stream = None;
             break;
         }
@@ -237,7 +259,7 @@ fn one(
         if stream.is_none() {
             stream = connect(server, timeout).ok();
         }
-        match stream.as_mut().and_then(|stream| exchange(stream, request, &mut buffer)) {
+        match stream.as_mut().and_then(|stream| exchange(stream, request, &mut buffer).ok()) {
             Some(_) => latencies.push(begin.elapsed().as_micros() as u64),
             None => {
                 errors += 1;
@@ -257,11 +279,10 @@ fn connecting(server: SocketAddr, threads: u32, seconds: f64) -> Result<Latencie
             loop {
                 let start = Instant::now();
                 let done = connect(server, Duration::from_secs(5))
-                    .ok()
                     .and_then(|mut stream| exchange(&mut stream, &request, &mut buffer));
                 match done {
-                    Some(_) => latencies.push(start.elapsed().as_micros() as u64),
-                    None => {
+                    Ok(_) => latencies.push(start.elapsed().as_micros() as u64),
+                    Err(_) => {
                         errors += 1;
                         thread::sleep(Duration::from_millis(1));
                     }
@@ -281,7 +302,7 @@ fn held(server: SocketAddr, connections: u32, seconds: f64) -> Result<Latencies>
     let (mut buffer, mut streams, mut length) = (vec![0; 16_384], Vec::new(), 0);
     for _ in 0..connections {
         let mut stream = connect(server, Duration::from_secs(5))?;
-        length = exchange(&mut stream, &request, &mut buffer).context("a first request failed")?;
+        length = exchange(&mut stream, &request, &mut buffer).context("a first request failed")?.end;
         stream.set_nonblocking(true)?;
         streams.push((stream, 0_usize, Instant::now()));
     }

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 mod control_plane;
+mod dice;
 mod load;
 mod proxy;
 mod report;
@@ -31,7 +32,9 @@ enum Action {
     ControlPlane(control_plane::Options),
     /// The node proxy beside Envoy and HAProxy
     Proxy(proxy::ProxyArgs),
-    /// The load generator, which the benchmark of the proxy runs inside a Pod
+    /// The node proxy under mixed load with random kills: nothing is lost, and nothing stays
+    Soak(proxy::SoakArgs),
+    /// The load generator, which the benchmarks of the proxy run inside Pods
     #[command(subcommand, hide = true)]
     Load(load::Load),
 }
@@ -40,6 +43,7 @@ fn main() -> ExitCode {
     let outcome = match Args::parse().command {
         Action::ControlPlane(options) => control_plane::run(&options),
         Action::Proxy(args) => proxy::run(&args, &report::say).map(|short| short == 0),
+        Action::Soak(args) => proxy::soak(&args, &report::say).map(|short| short == 0),
         Action::Load(load) => load::run(&load).map(|()| true),
     };
     match outcome {

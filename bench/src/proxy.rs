@@ -9,6 +9,7 @@ use anyhow::{Context as _, Result, ensure};
 use clap::Args;
 
 mod account;
+mod beside;
 mod envoy;
 mod ground;
 mod haproxy;
@@ -17,12 +18,14 @@ mod parts;
 mod pki;
 mod report;
 mod rows;
+mod soak;
 mod subject;
 
 use ground::Ground;
 use load::Load;
 use parts::Parts;
 use rows::Round;
+pub(crate) use soak::{SoakArgs, run as soak};
 use subject::{Room, Running, Subject};
 
 /// How much is measured.

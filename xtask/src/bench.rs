@@ -12,9 +12,11 @@ use crate::{
 pub(crate) fn run(args: &[&str]) -> Outcome {
     match args {
         ["control-plane", rest @ ..] => control_plane(rest),
+        ["soak", rest @ ..] => soak(rest),
         ["--quick" | "--full", ..] => proxy(args),
         _ => Err(Failure::Usage(
-            "bench takes --quick, --full or control-plane, and their options (--help lists them)".into(),
+            "bench takes --quick, --full, soak or control-plane, and their options (--help lists them)"
+                .into(),
         )),
     }
 }
@@ -42,5 +44,15 @@ fn proxy(args: &[&str]) -> Outcome {
     let folder = profile.folder();
     let mut bench = sh::as_root(folder.join("weft-bench"))?;
     bench.arg("proxy").args(args).arg("--out").arg(sh::target().join("bench"));
+    sh::run(bench.env("WEFT_BIN_DIR", &folder).current_dir(sh::root()))
+}
+
+/// The node proxy under mixed load with kills.
+fn soak(args: &[&str]) -> Outcome {
+    let profile = Profile::Release;
+    bpf::build_programs(profile, &["weft-agent", "weft-operator", "weft-cli", "weft-tests", "weft-bench"])?;
+    let folder = profile.folder();
+    let mut bench = sh::as_root(folder.join("weft-bench"))?;
+    bench.arg("soak").args(args).arg("--out").arg(sh::target().join("soak"));
     sh::run(bench.env("WEFT_BIN_DIR", &folder).current_dir(sh::root()))
 }

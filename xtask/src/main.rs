@@ -31,6 +31,8 @@ cargo xtask COMMAND
   test [--tier N]...     run the tests: 1 units, 2 ABI and verifier, 3 BPF test runs, 4 real attach, 5 two nodes,
                          6 API server, 7 cluster, 8 other kernels
   bench --quick | --full the node proxy beside Envoy and HAProxy: what it costs, row by row
+  bench soak [--minutes 15]
+                         the same under mixed load with random kills: nothing is lost, and nothing stays
   bench control-plane [OPTIONS]
                          1,000 simulated agents, 10,000 Pods and 2,000 policies against the real operator and API server
   fuzz [SECONDS]         every parser of hostile bytes under libFuzzer, 20 s each

@@ -159,6 +159,8 @@ fn two_nodes(tally: &mut Tally) -> Outcome {
     bpf::build(Profile::Release)?;
     let mut tests = executables("weft-tests", "--tests", Profile::Release)?;
     tests.retain(|(name, _)| !name.starts_with(CLUSTER));
+    // The soak, in short.
+    tests.append(&mut executables("weft-bench", "--tests", Profile::Release)?);
     run_as_root(&tests, Profile::Release, tally)
 }
 

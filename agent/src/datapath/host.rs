@@ -62,9 +62,9 @@ impl Datapath {
             ..Pod::default()
         };
         inner.maps.pods.set(&inner.host, &named(entry, spec))?;
-        let net = PodNetwork::new(Arc::new(netns), inner.maps.clone());
+        let net = inner.nets.share(PodNetwork::new(Arc::new(netns), inner.maps.clone()));
         let listeners = PodListeners { outbound: sockets.outbound, inbound: Vec::new(), tunnel: Vec::new() };
-        Ok(Host { net: Arc::new(net), listeners })
+        Ok(Host { net, listeners })
     }
 
     /// Gives the node another subject or other addresses. Listeners and connections stay.

@@ -5,7 +5,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::fd::{AsRawFd, OwnedFd},
     sync::{
-        Arc,
+        Arc, Weak,
         atomic::{AtomicU8, Ordering},
     },
     time::{Duration, Instant},
@@ -22,7 +22,7 @@ use weft_ebpf_common::{
 };
 use weft_proxy::platform::{Family, OriginalDst, PodNet};
 
-use super::{addr, maps::Maps, netns::NetNs};
+use super::{Datapath, addr, maps::Maps, netns::NetNs};
 
 /// Sockets made by the first entry into the namespace: entering costs more than many sockets.
 const FIRST_BATCH: usize = 4;
@@ -30,6 +30,8 @@ const FIRST_BATCH: usize = 4;
 const LAST_BATCH: usize = 64;
 /// A batch that is used up sooner doubles the next one.
 const QUICK: Duration = Duration::from_millis(500);
+/// What is left of a batch after it is closed: a Pod that was busy once would hold its descriptors for ever.
+const KEPT: Duration = Duration::from_secs(10);
 /// `IP_BIND_ADDRESS_NO_PORT` (Linux, ip(7)).
 const IP_BIND_ADDRESS_NO_PORT: i32 = 24;
 
@@ -61,6 +63,39 @@ impl Stock {
         self.batch = if quick { (self.batch * 2).min(LAST_BATCH) } else { FIRST_BATCH };
         self.filled = now;
         self.batch
+    }
+
+    /// The sockets of a batch that has lasted for [`KEPT`].
+    fn surplus(&mut self, now: Instant) -> Vec<OwnedFd> {
+        if now.saturating_duration_since(self.filled) < KEPT {
+            return Vec::new();
+        }
+        std::mem::take(&mut self.sockets)
+    }
+}
+
+/// The namespaces that the proxy has.
+#[derive(Debug, Default)]
+pub(super) struct Nets(Mutex<Vec<Weak<PodNetwork>>>);
+
+impl Nets {
+    /// Shares one with the proxy.
+    pub(super) fn share(&self, net: PodNetwork) -> Arc<PodNetwork> {
+        let net = Arc::new(net);
+        self.0.lock().push(Arc::downgrade(&net));
+        net
+    }
+}
+
+impl Datapath {
+    /// Closes sockets that were made ahead for Pods which have become quiet. To be called every second or so.
+    pub fn give_back(&self) {
+        let now = Instant::now();
+        self.inner.nets.0.lock().retain(|net| {
+            let net = net.upgrade();
+            net.iter().for_each(|net| net.give_back(now));
+            net.is_some()
+        });
     }
 }
 
@@ -113,6 +148,15 @@ impl PodNetwork {
         let room = LAST_BATCH.saturating_sub(stock.sockets.len());
         stock.sockets.extend(batch.into_iter().take(room));
         Ok(socket)
+    }
+
+    /// Closes sockets that were made for a Pod which has become quiet.
+    pub(super) fn give_back(&self, now: Instant) {
+        for stock in &self.stock {
+            let surplus = stock.lock().surplus(now);
+            // Not under the lock.
+            drop(surplus);
+        }
     }
 
     /// One of the loopback addresses that are reserved for dialling applications.
@@ -221,5 +265,17 @@ mod tests {
         let sizes: Vec<usize> = (0..6).map(|_| stock.next_batch(start)).collect();
         assert_eq!(sizes, [8, 16, 32, 64, 64, 64]);
         assert_eq!(stock.next_batch(start + QUICK), FIRST_BATCH);
+    }
+
+    #[test]
+    fn a_quiet_pod_keeps_no_sockets() {
+        let mut stock = Stock::new();
+        let socket = || Socket::new(Domain::IPV4, Type::STREAM, None).unwrap().into();
+        stock.sockets = vec![socket(), socket()];
+        let start = stock.filled;
+        assert!(stock.surplus(start + KEPT / 2).is_empty());
+        assert_eq!(stock.sockets.len(), 2, "a busy one keeps them");
+        assert_eq!(stock.surplus(start + KEPT).len(), 2);
+        assert!(stock.sockets.is_empty());
     }
 }

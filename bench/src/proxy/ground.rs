@@ -21,6 +21,8 @@ pub(crate) const HTTP: u16 = 8080;
 pub(crate) const H2: u16 = 8081;
 /// iperf3.
 pub(crate) const BULK: u16 = 5201;
+/// As [`HTTP`] and [`H2`], of the same server, for requests that are judged while connections to those are.
+pub(crate) const REQUESTED: [u16; 2] = [8090, 8091];
 /// Pods on each node beside those that talk, so that memory is that of an agent with many.
 const IDLE_PODS: usize = 48;
 
@@ -165,6 +167,29 @@ impl Ground {
         .map(drop)
     }
 
+    /// Runs another server until these nodes end.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub(crate) fn keep(&mut self, pod: &str, name: &str, command: Command) -> Result<()> {
+        let log = self.lab.pod(pod)?.folder(self.lab.dir()).join(format!("{name}.log"));
+        self.servers.push(Process::spawn(command, name, &log)?);
+        Ok(())
+    }
+
+    /// That every server and both agents run.
+    ///
+    /// # Errors
+    /// Names one that ended, with the end of its log.
+    pub(crate) fn check(&mut self) -> Result<()> {
+        self.servers.iter_mut().try_for_each(Process::check)?;
+        for name in ["node-a", "node-b"] {
+            let agent = &mut self.lab.node_mut(name)?.agent;
+            agent.as_mut().with_context(|| format!("{name} has no agent"))?.check()?;
+        }
+        Ok(())
+    }
+
     /// A command of the parts inside a Pod.
     ///
     /// # Errors
@@ -266,6 +291,9 @@ fn pods(idle: usize) -> String {
 
 fn nginx(folder: &str) -> String {
     let body = "x".repeat(1024);
+    let files = ["big", "blob"].map(|name| format!("location = /{name} {{ root {folder}/www; }}")).join(" ");
+    let locations = format!("{files} location / {{ return 200 '{body}'; }}");
+    let [http, h2] = REQUESTED;
     format!(
         "worker_processes 2; daemon off; user root; pid {folder}/nginx.pid; error_log {folder}/error.log;\n\
          worker_rlimit_nofile 16384;\n\
@@ -274,8 +302,8 @@ fn nginx(folder: &str) -> String {
          \x20 access_log off; keepalive_requests 100000000; keepalive_timeout 600s; tcp_nodelay on; default_type text/plain;\n\
          \x20 client_body_temp_path {folder}/tmp; proxy_temp_path {folder}/tmp; fastcgi_temp_path {folder}/tmp;\n\
          \x20 uwsgi_temp_path {folder}/tmp; scgi_temp_path {folder}/tmp;\n\
-         \x20 server {{ listen {HTTP} reuseport backlog=8192; location = /big {{ root {folder}/www; }} location / {{ return 200 '{body}'; }} }}\n\
-         \x20 server {{ listen {H2} http2 reuseport backlog=8192; http2_max_concurrent_streams 1000; location / {{ return 200 '{body}'; }} }}\n\
+         \x20 server {{ listen {HTTP} reuseport backlog=8192; listen {http}; {locations} }}\n\
+         \x20 server {{ listen {H2} http2 reuseport backlog=8192; listen {h2} http2; http2_max_concurrent_streams 1000; {locations} }}\n\
          }}\n"
     )
 }

