@@ -11,6 +11,7 @@ use anyhow::{Context as _, Result};
 use crate::image::Image;
 
 pub mod debian;
+pub mod envoy;
 pub mod go;
 pub mod kernels;
 

@@ -55,6 +55,10 @@ pub enum App {
     Udp(udp::Udp),
     /// Speaks first on each connection, then echoes.
     Banner(server::Listen),
+    /// Speaks first on each connection, and resets it once something came.
+    Resets(server::Listen),
+    /// Speaks first on each connection, and prints how it ended.
+    Hears(server::Listen),
     /// Counts and checksums what it gets until the sender closes its side, then answers.
     Sink(server::Listen),
     /// Sends a stream of the length that the first eight bytes ask for.
@@ -98,6 +102,8 @@ impl App {
             Self::Slow(slow) => slow.run(),
             Self::Udp(udp) => udp.run(),
             Self::Banner(listen) => listen.banner(),
+            Self::Resets(listen) => listen.resets(),
+            Self::Hears(listen) => listen.hears(),
             Self::Sink(listen) => listen.sink(),
             Self::Source(listen) => listen.source(),
             Self::Farewell(listen) => listen.farewell(),

@@ -53,6 +53,8 @@ pub struct LabOptions {
     pub agent_args: Vec<String>,
     /// Whether agents run under a clock that [`Lab::set_clock`] moves.
     pub clocks: bool,
+    /// Nodes that have no agent.
+    pub without_agent: Vec<String>,
 }
 
 impl Default for LabOptions {
@@ -65,6 +67,7 @@ impl Default for LabOptions {
             ca: None,
             agent_args: Vec::new(),
             clocks: false,
+            without_agent: Vec::new(),
         }
     }
 }
@@ -88,8 +91,8 @@ pub struct Lab {
 }
 
 impl Lab {
-    /// Raises namespaces, cgroups and the wire, writes the objects, starts the operator and both agents, and
-    /// waits until both are ready.
+    /// Raises namespaces, cgroups and the wire, writes the objects, starts the operator and the agents, and
+    /// waits until all are ready.
     ///
     /// # Errors
     /// What could not be made; what was made until then is removed.
@@ -97,12 +100,16 @@ impl Lab {
         let mut lab = Self::bare(options)?;
         lab.bins.require(&["weft-agent", "weft-operator", "weft"])?;
         lab.start_operator()?;
-        for index in 0..lab.nodes.len() {
-            lab.token(index)?;
+        let with: Vec<usize> = (0..lab.nodes.len())
+            .filter(|index| !lab.options.without_agent.contains(&lab.nodes[*index].name))
+            .collect();
+        for index in &with {
+            lab.token(*index)?;
             let setup = lab.setup();
-            lab.nodes[index].start_agent(&setup)?;
+            lab.nodes[*index].start_agent(&setup)?;
         }
-        for node in &mut lab.nodes {
+        for index in with {
+            let node = &mut lab.nodes[index];
             node.wait_ready(Duration::from_secs(20))?;
         }
         Ok(lab)

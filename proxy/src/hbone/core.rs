@@ -131,7 +131,7 @@ struct Stream {
     ended: bool,
     /// We will send no more.
     finished: bool,
-    /// The peer has answered in full and reads no more, which is no failure (RFC 9113 section 8.1).
+    /// The peer has answered in full and reads no more, which fails only what is sent (RFC 9113 section 8.1).
     deaf: bool,
     lost: Option<Lost>,
     /// The answer to a CONNECT that we sent.

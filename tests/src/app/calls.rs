@@ -199,6 +199,9 @@ pub struct Dial {
     /// After the first answer hold the connection until the peer ends it.
     #[arg(long)]
     hold: bool,
+    /// Reset the connection after the first answer, instead of closing it.
+    #[arg(long)]
+    reset: bool,
 }
 
 impl Dial {
@@ -216,6 +219,9 @@ impl Dial {
         let (local, peer) = (stream.local_addr()?.to_string(), stream.peer_addr()?.to_string());
         let mut heard = Vec::new();
         let result = self.talk(&stream, &mut heard);
+        if self.reset {
+            super::server::reset(stream)?;
+        }
         Ok(json!({
             "connected": true,
             "micros": micros,
@@ -409,12 +415,18 @@ pub struct Slow {
     /// Read nothing until this file exists.
     #[arg(long)]
     until: std::path::PathBuf,
+    /// Close the sending side once the request is sent.
+    #[arg(long)]
+    half: bool,
 }
 
 impl Slow {
     pub(super) fn run(self) -> Result<Value> {
         let mut stream = self.target.dial()?;
         stream.write_all(&self.bytes.to_be_bytes())?;
+        if self.half {
+            stream.shutdown(Shutdown::Write)?;
+        }
         super::say("asked");
         crate::wait::until(Duration::from_secs(120), "leave to read", || {
             self.until.exists().then_some(()).context("not yet")

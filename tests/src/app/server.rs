@@ -10,6 +10,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use clap::Args;
+use nix::sys::socket::{setsockopt, sockopt};
 use serde_json::Value;
 
 /// Where to listen: every address of both families.
@@ -113,6 +114,26 @@ impl Listen {
         })
     }
 
+    pub(super) fn resets(self) -> Result<Value> {
+        self.each(|mut stream| {
+            stream.write_all(b"220 for now\r\n")?;
+            // Its first byte is the sign to go.
+            stream.read_exact(&mut [0])?;
+            reset(stream)
+        })
+    }
+
+    pub(super) fn hears(self) -> Result<Value> {
+        self.each(|mut stream| {
+            stream.write_all(b"220 listening\r\n")?;
+            match drain(&mut stream) {
+                Ok((total, _)) => super::say(&format!("end after {total}")),
+                Err(error) => super::say(&format!("broken: {}", super::calls::kind_of(&error))),
+            }
+            Ok(())
+        })
+    }
+
     pub(super) fn sink(self) -> Result<Value> {
         self.each(|mut stream| {
             let (total, sum) = drain(&mut stream)?;
@@ -171,6 +192,14 @@ impl Listen {
         }
         Ok(Value::Null)
     }
+}
+
+/// Closes a connection by a RST.
+pub(super) fn reset(stream: TcpStream) -> Result<()> {
+    let now = nix::libc::linger { l_onoff: 1, l_linger: 0 };
+    setsockopt(&stream, sockopt::Linger, &now).context("set SO_LINGER")?;
+    drop(stream);
+    Ok(())
 }
 
 /// Reads to the end: how many bytes, and their checksum.

@@ -4,8 +4,8 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::Result;
 use rcgen::{
-    BasicConstraints, CertificateParams, DistinguishedName, DnType, IsCa, Issuer, KeyPair, KeyUsagePurpose,
-    PKCS_ECDSA_P256_SHA256,
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
+    KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, SanType,
 };
 use serde_json::json;
 
@@ -33,6 +33,16 @@ pub struct Root {
     pub key: String,
     /// Its certificate, PEM.
     pub certificate: String,
+    issuer: Issuer<'static, KeyPair>,
+}
+
+/// A workload's certificate.
+#[derive(Debug)]
+pub struct Leaf {
+    /// Its key, PKCS#8 PEM.
+    pub key: String,
+    /// Its certificate, PEM.
+    pub certificate: String,
 }
 
 impl Root {
@@ -42,9 +52,32 @@ impl Root {
     /// When the system gives no randomness.
     pub fn lasting(life: Duration) -> Result<Self> {
         let key = key()?;
-        let certificate =
-            params(&format!("test root of {} s", life.as_secs()), life, 0).self_signed(&key)?.pem();
-        Ok(Self { key: key.serialize_pem(), certificate })
+        let params = params(&format!("test root of {} s", life.as_secs()), life, 0);
+        let certificate = params.self_signed(&key)?.pem();
+        Ok(Self { key: key.serialize_pem(), certificate, issuer: Issuer::new(params, key) })
+    }
+
+    /// Signs an X.509-SVID of an hour for a SPIFFE id, as the operator does.
+    ///
+    /// # Errors
+    /// When the id is no URI, or the system gives no randomness.
+    pub fn leaf(&self, id: &str) -> Result<Leaf> {
+        let own = key()?;
+        let mut leaf = params("", Duration::from_secs(3600), 0);
+        leaf.distinguished_name = DistinguishedName::new();
+        leaf.is_ca = IsCa::ExplicitNoCa;
+        leaf.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        leaf.extended_key_usages =
+            vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        leaf.subject_alt_names = vec![SanType::URI(id.try_into()?)];
+        leaf.use_authority_key_identifier_extension = true;
+        let certificate = leaf.signed_by(&own, &self.issuer)?.pem();
+        Ok(Leaf { key: own.serialize_pem(), certificate })
+    }
+
+    /// Key and certificate, as [`crate::LabOptions::ca`] takes them.
+    pub fn pem(&self) -> String {
+        format!("{}{}", self.key, self.certificate)
     }
 }
 

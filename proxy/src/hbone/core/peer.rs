@@ -10,6 +10,9 @@ use super::{
     Asked, CONNECTION_WINDOW, Core, Error, Fields, Leaving, Lost, Role,
 };
 
+/// DATA of closed streams costs nothing from this length: much may be under way when streams of bulk are reset.
+const WORTH: usize = 1024;
+
 impl Core {
     pub(in crate::hbone) fn on_settings(&mut self, ack: bool, payload: &[u8]) -> Result<(), Error> {
         self.costs("too many SETTINGS")?;
@@ -150,8 +153,10 @@ impl Core {
         let Some(stream) = self.streams.get_mut(&id) else { return self.costs("too many RST_STREAMs") };
         let lost = if Code(code) == Code::REFUSED_STREAM { Lost::Refused } else { Lost::Reset(Code(code)) };
         let early = !stream.answered;
-        // After both ends it says nothing new; after a whole answer it says that the peer reads no more (section 8.1).
-        if self.role == Role::Client && stream.ended && Code(code) == Code::NO_ERROR {
+        // After both ends it says nothing new. After a whole answer it says that nobody reads any more, which spoils no
+        // answer: section 8.1 says so of NO_ERROR, TCP of every reset after an end, and Envoy sends INTERNAL_ERROR for
+        // it. CANCEL is how our own kind cuts a connection.
+        if self.role == Role::Client && stream.ended && Code(code) != Code::CANCEL {
             stream.deaf = !stream.finished;
             stream.finished = true;
         } else if !stream.ended || !stream.finished {
@@ -266,10 +271,12 @@ impl Core {
     pub(in crate::hbone) fn on_data(&mut self, id: u32, length: usize) -> Result<(), Error> {
         self.not_idle(id)?;
         let role = self.role;
-        let Some(stream) = self.streams.get_mut(&id).filter(|stream| stream.lost.is_none()) else {
-            return Ok(());
+        let Some(stream) = self.streams.get_mut(&id) else {
+            return if length < WORTH { self.costs("DATA of closed streams") } else { Ok(()) };
         };
-        if stream.ended {
+        if stream.lost.is_some() {
+            Ok(())
+        } else if stream.ended {
             self.reset_by_us(id, Code::STREAM_CLOSED)
         } else if role == Role::Client && !stream.answered {
             self.reset_by_us(id, Code::PROTOCOL_ERROR)
@@ -314,8 +321,7 @@ impl Core {
                 self.woken.extend(stream.reader.take());
                 Ok(())
             }
-            Some(_) => Ok(()),
-            None => self.costs("DATA of closed streams"),
+            _ => Ok(()),
         }
     }
 

@@ -54,8 +54,15 @@ fn send(core: &mut Core, id: u32, has: Poll<io::Result<&[u8]>>) -> Poll<Result<u
 }
 
 #[test]
-fn a_reset_without_error_spoils_no_answer() {
-    let (mut core, id) = answered(Code::NO_ERROR);
+fn a_reset_of_what_is_sent_spoils_no_answer() {
+    // INTERNAL_ERROR is what Envoy says.
+    for code in [Code::NO_ERROR, Code(2)] {
+        spoils_nothing(code);
+    }
+}
+
+fn spoils_nothing(code: Code) {
+    let (mut core, id) = answered(code);
     assert!(matches!(send(&mut core, id, Poll::Pending), Poll::Pending), "nothing was sent that could fail");
     assert!(matches!(read(&mut core, id), Poll::Ready(Ok(came)) if came == b"all"));
     assert!(matches!(read(&mut core, id), Poll::Ready(Ok(came)) if came.is_empty()), "an end, not a failure");
@@ -76,7 +83,7 @@ fn what_is_sent_after_it_fails() {
 }
 
 #[test]
-fn a_reset_with_an_error_is_one() {
+fn a_cut_is_a_failure() {
     let (mut core, id) = answered(Code::CANCEL);
     assert!(matches!(send(&mut core, id, Poll::Pending), Poll::Ready(Err(Failed::Writer(_)))));
     assert!(matches!(read(&mut core, id), Poll::Ready(Ok(came)) if came == b"all"));

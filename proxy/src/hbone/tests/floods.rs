@@ -65,7 +65,8 @@ fn streams_that_we_are_made_to_reset_end_it_too() {
 
 #[test]
 fn frames_that_carry_nothing_end_it() {
-    let cases: [(u8, u8, u32, &[u8]); 6] = [
+    let cases: [(u8, u8, u32, &[u8]); 7] = [
+        (kind::DATA, 0, 9, b"x"),
         (kind::PING, 0, 0, &[0; 8]),
         (kind::SETTINGS, 0, 0, &[]),
         (kind::PRIORITY, 0, 1, &[0; 5]),
@@ -75,7 +76,7 @@ fn frames_that_carry_nothing_end_it() {
     ];
     for (kind, flags, stream, payload) in cases {
         let mut peer = Peer::new();
-        peer.connect(1);
+        peer.connect(1).connect(11);
         for _ in 0..20_000 {
             peer.frame(kind, flags, stream, payload);
         }
@@ -230,6 +231,11 @@ fn what_follows_on_a_reset_is_ignored() {
     peer.core.drop_stream(1, Code::CANCEL);
     peer.frame(kind::DATA, 0, 1, b"late").connect(1).frame(kind::WINDOW_UPDATE, 0, 1, &[0; 4]);
     peer.frame(kind::RST_STREAM, 0, 1, &[0; 4]);
+    assert_eq!(peer.send(), Ok(()));
+    // As much as streams of bulk may have had on their way.
+    for _ in 0..4_000 {
+        peer.frame(kind::DATA, 0, 1, &[0; 4_000]);
+    }
     assert_eq!(peer.send(), Ok(()));
     // Once it is long ago, it is one that was used before.
     for n in 1..70 {
