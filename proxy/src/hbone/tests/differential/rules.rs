@@ -136,10 +136,13 @@ pub(super) const RULES: &[Rule] = &[
         // Section 6.9.1; the library does not count what it will not use.
         name: "a window that overflows after our end of the stream",
         holds: |c| {
-            c.frame.kind == kind::WINDOW_UPDATE
+            let update = c.frame.kind == kind::WINDOW_UPDATE
                 && c.stream().finished
-                && c.we_reset(Code::FLOW_CONTROL_ERROR)
-                && c.theirs.over.is_none()
+                && c.we_reset(Code::FLOW_CONTROL_ERROR);
+            let initial = c.sets(|id, _| id == setting::INITIAL_WINDOW_SIZE)
+                && c.history.streams.values().any(|stream| stream.finished)
+                && c.we_end(Code::FLOW_CONTROL_ERROR);
+            (update || initial) && c.theirs.over.is_none()
         },
         goes_on: false,
     },
@@ -272,11 +275,13 @@ pub(super) const RULES: &[Rule] = &[
         goes_on: false,
     },
     Rule {
-        // Section 10.5.1.
+        // Section 10.5.1. Close to the limit the library refuses some lists that are within it.
         name: "a header list that is too large ends the connection",
         holds: |c| {
-            c.has(|part| matches!(part, Part::Long(_)) || remembered(part))
-                && c.we_end(Code::ENHANCE_YOUR_CALM)
+            let close = c.has(|part| matches!(part, Part::Long(16_000..)));
+            let large = c.has(|part| matches!(part, Part::Long(_)) || remembered(part));
+            (large && c.we_end(Code::ENHANCE_YOUR_CALM))
+                || (close && c.ours.over.is_none() && c.ours.resets.is_empty() && c.they_reset())
         },
         goes_on: false,
     },
