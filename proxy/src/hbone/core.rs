@@ -32,6 +32,8 @@ const BACKLOG: usize = 512 * 1024;
 const PRIORITY: usize = 128 * 1024;
 /// Most that one stream gives at a time; while others wait, in a turn.
 const QUANTUM: usize = 64 * 1024;
+/// What it may give in a turn however many wait.
+const SHARE: usize = 16 * 1024;
 /// The connection's own window: larger than what is ever under way.
 const CONNECTION_WINDOW: u32 = 16 * 1024 * 1024;
 /// What both ends begin with (RFC 9113 section 6.9.2).

@@ -16,7 +16,7 @@ use super::{
         hpack,
         received::PARTS,
     },
-    Asked, BACKLOG, Core, DEFAULT_FRAME, FORGOTTEN, Leaving, Lost, PRIORITY, QUANTUM, Role,
+    Asked, BACKLOG, Core, DEFAULT_FRAME, FORGOTTEN, Leaving, Lost, PRIORITY, QUANTUM, Role, SHARE,
 };
 use crate::copy::Failed;
 
@@ -166,7 +166,8 @@ impl Core {
             }
             return Poll::Pending;
         }
-        Poll::Ready(Ok(usize::try_from(most).unwrap_or(QUANTUM).min(QUANTUM)))
+        let share = (BACKLOG / queue.max(1)).clamp(SHARE, QUANTUM);
+        Poll::Ready(Ok(usize::try_from(most).unwrap_or(share).min(share)))
     }
 
     fn spend(&mut self, id: u32, bytes: usize) {
