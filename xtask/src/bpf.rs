@@ -259,7 +259,7 @@ fn apt_install(packages: &[&str]) -> Outcome {
 
 /// The packages of programs that are not here.
 fn missing_programs() -> Vec<&'static str> {
-    let needed = [("ip", "iproute2"), ("nginx", "nginx-light"), ("make", "make")];
+    let needed = [("ip", "iproute2"), ("nginx", "nginx-light"), ("make", "make"), ("pip3", "python3-pip")];
     needed.into_iter().filter(|(name, _)| sh::which(name).is_none()).map(|(_, package)| package).collect()
 }
 

@@ -169,14 +169,14 @@ impl Connection {
             }
             let mut bytes = buffers::records();
             let rest = &self.frames[self.taken..];
-            let (taken, mut end) = self.records.seal(rest, &mut bytes).map_err(insecure)?;
+            let (taken, mut end) = self.records.seal(rest, &mut bytes).map_err(|error| insecure(&error))?;
             self.taken += taken;
             // In one piece with what comes before it: the peer may be gone for whatever comes later.
             if let Farewell::Due(alert) = self.farewell
                 && taken == rest.len()
                 && end + ALERT <= bytes.len()
             {
-                end += self.records.alert(alert, &mut bytes[end..]).map_err(insecure)?;
+                end += self.records.alert(alert, &mut bytes[end..]).map_err(|error| insecure(&error))?;
                 self.farewell = Farewell::Said;
             }
             self.sealed = Some(Sealed { bytes, start: 0, end });
@@ -209,10 +209,10 @@ impl Connection {
         let Self { shared, records, farewell, .. } = self;
         let opened = shared.with(|core: &mut Core| {
             loop {
-                let length = Records::length(input).map_err(|error| refused(error, farewell))?;
+                let length = Records::length(input).map_err(|error| refused(&error, farewell))?;
                 let Some(length) = length.filter(|length| *length <= input.len()) else { return Ok(false) };
                 let mut record = input.split_to(length);
-                match records.open(&mut record).map_err(|error| refused(error, farewell))? {
+                match records.open(&mut record).map_err(|error| refused(&error, farewell))? {
                     Content::Data => core.receive(record.freeze())?,
                     Content::Control => {}
                     Content::Closed => return Ok(true),
@@ -252,12 +252,12 @@ fn failed(error: &io::Error) -> Error {
     Error::Io(error.to_string())
 }
 
-fn insecure(error: rustls::Error) -> Error {
+fn insecure(error: &rustls::Error) -> Error {
     Error::Io(error.to_string())
 }
 
 /// The peer's records are not acceptable: it is told, unless it told us.
-fn refused(error: rustls::Error, farewell: &mut Farewell) -> Error {
-    *farewell = record::answer(&error).map_or(Farewell::Said, Farewell::Due);
+fn refused(error: &rustls::Error, farewell: &mut Farewell) -> Error {
+    *farewell = record::answer(error).map_or(Farewell::Said, Farewell::Due);
     insecure(error)
 }

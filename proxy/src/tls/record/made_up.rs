@@ -25,9 +25,7 @@ impl Keys for Counted {
 }
 
 /// A client's and a server's end of one connection.
-///
-/// # Panics
-/// Never: the secrets have the right length.
+#[expect(clippy::expect_used, reason = "for tests; the secrets have the right length")]
 pub(crate) fn ends() -> (Records, Records) {
     let end = |seal: u8, open: u8, tickets| Records {
         seal: Key::new(secrets(seal)).expect("a key of 32 bytes"),
