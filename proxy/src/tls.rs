@@ -10,7 +10,7 @@ use std::io;
 mod handshake;
 pub mod record;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub use handshake::{Established, accept, connect};
 pub use record::Records;

@@ -1,5 +1,5 @@
-//! Large buffers, lent to the connections of a thread for as long as they have something in them. Of each kind a thread keeps
-//! one.
+//! Large buffers, lent to the connections of a thread for as long as they have something in them. Of each kind a thread
+//! keeps one.
 
 use std::cell::{Cell, RefCell};
 
@@ -10,7 +10,7 @@ use crate::tls::record::{MAX_PLAIN, OVERHEAD};
 /// What is read from a socket at a time.
 const READ: usize = 256 * 1024;
 /// What is sealed at a time: full records.
-pub(super) const SEALED: usize = 16 * (MAX_PLAIN + OVERHEAD);
+const SEALED: usize = 16 * (MAX_PLAIN + OVERHEAD);
 /// What a connection may keep of its own.
 const SMALL: usize = 4 * 1024;
 /// A buffer of frames that is larger came from a burst.
@@ -60,8 +60,8 @@ pub(super) fn give_back(records: Vec<u8>) {
     }
 }
 
-/// The buffer that sockets are read into, empty, with room for up to [`READ`] bytes. What is left in it afterwards is lost; what
-/// was split off stays.
+/// The buffer that sockets are read into, empty, with room for up to [`READ`] bytes. What is left in it afterwards is
+/// lost; what was split off stays.
 pub(super) fn input<T>(read: impl FnOnce(&mut BytesMut) -> T) -> T {
     INPUT.with_borrow_mut(|input| {
         input.clear();

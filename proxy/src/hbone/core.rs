@@ -344,6 +344,8 @@ impl Core {
         if self.over.is_none() {
             self.over = Some(error);
         }
+        // No turn comes after this one, and a reader that stalls may hold what is lent for long.
+        self.keep();
         for stream in self.streams.values_mut() {
             if !(stream.ended && stream.finished) {
                 stream.lost.get_or_insert(Lost::Connection);

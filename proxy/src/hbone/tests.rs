@@ -3,20 +3,17 @@
 use std::{sync::LazyLock, time::Duration};
 
 use bytes::Bytes;
-use rustls::{
-    ClientConfig, RootCertStore, ServerConfig,
-    crypto::aws_lc_rs,
-    pki_types::{CertificateDer, PrivateKeyDer, ServerName},
-};
+use rustls_pki_types::ServerName;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::{TcpListener, TcpStream},
+    net::TcpStream,
     sync::oneshot,
     task::AbortHandle,
 };
 use weft_runtime::Tasks;
 
 use super::*;
+use crate::tls::tests::{Configs, sockets, usual};
 
 mod answers;
 mod differential;
@@ -28,28 +25,7 @@ const SETTINGS: Settings = Settings { window: 256 * 1024, streams: 100, frame: 6
 /// Longer than anything here may take.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-static CONFIGS: LazyLock<(Arc<ClientConfig>, Arc<ServerConfig>)> = LazyLock::new(|| {
-    let made = rcgen::generate_simple_self_signed(["test".into()]).unwrap();
-    let certificate = CertificateDer::from(made.cert.der().to_vec());
-    let key = PrivateKeyDer::try_from(made.signing_key.serialize_der()).unwrap();
-    let provider = Arc::new(aws_lc_rs::default_provider());
-    let mut roots = RootCertStore::empty();
-    roots.add(certificate.clone()).unwrap();
-    let mut client = ClientConfig::builder_with_provider(provider.clone())
-        .with_protocol_versions(&[&rustls::version::TLS13])
-        .unwrap()
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-    let mut server = ServerConfig::builder_with_provider(provider)
-        .with_protocol_versions(&[&rustls::version::TLS13])
-        .unwrap()
-        .with_no_client_auth()
-        .with_single_cert(vec![certificate], key)
-        .unwrap();
-    client.enable_secret_extraction = true;
-    server.enable_secret_extraction = true;
-    (Arc::new(client), Arc::new(server))
-});
+static CONFIGS: LazyLock<Configs> = LazyLock::new(usual);
 
 type Ready = (TcpStream, crate::tls::Established);
 
@@ -58,23 +34,16 @@ async fn pair() -> (Ready, Ready) {
     tokio::join!(dialled(client), accepted(server))
 }
 
-async fn sockets() -> (TcpStream, TcpStream) {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap();
-    let (client, server) = tokio::join!(TcpStream::connect(address), listener.accept());
-    (client.unwrap(), server.unwrap().0)
-}
-
 async fn dialled(mut tcp: TcpStream) -> Ready {
     let name = ServerName::try_from("test").unwrap();
-    let mut tls = crate::tls::connect(&mut tcp, CONFIGS.0.clone(), name).await.unwrap();
+    let mut tls = crate::tls::connect(&mut tcp, CONFIGS.client.clone(), name).await.unwrap();
     // The other end's handshake is waited for before there is a connection that sends it.
     tcp.write_all(&std::mem::take(&mut tls.unsent)).await.unwrap();
     (tcp, tls)
 }
 
 async fn accepted(mut tcp: TcpStream) -> Ready {
-    let tls = crate::tls::accept(&mut tcp, CONFIGS.1.clone()).await.unwrap();
+    let tls = crate::tls::accept(&mut tcp, CONFIGS.server.clone()).await.unwrap();
     (tcp, tls)
 }
 
@@ -82,7 +51,7 @@ async fn accepted(mut tcp: TcpStream) -> Ready {
 async fn stranger() -> (tokio_rustls::client::TlsStream<TcpStream>, Ready) {
     let (client, server) = sockets().await;
     let name = ServerName::try_from("test").unwrap();
-    let connector = tokio_rustls::TlsConnector::from(CONFIGS.0.clone());
+    let connector = tokio_rustls::TlsConnector::from(CONFIGS.client.clone());
     let (client, server) = tokio::join!(connector.connect(name, client), accepted(server));
     (client.unwrap(), server)
 }

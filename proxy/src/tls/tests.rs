@@ -26,9 +26,9 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// More than a few records.
 const MUCH: usize = 300_000;
 
-struct Configs {
-    client: Arc<ClientConfig>,
-    server: Arc<ServerConfig>,
+pub(crate) struct Configs {
+    pub(crate) client: Arc<ClientConfig>,
+    pub(crate) server: Arc<ServerConfig>,
 }
 
 /// Configurations of ends that trust each other; the client trusts nobody where `strangers`.
@@ -60,11 +60,11 @@ fn configs(suite: rustls::SupportedCipherSuite, strangers: bool) -> Configs {
     Configs { client: Arc::new(client), server: Arc::new(server) }
 }
 
-fn usual() -> Configs {
+pub(crate) fn usual() -> Configs {
     configs(aws_lc_rs::cipher_suite::TLS13_AES_128_GCM_SHA256, false)
 }
 
-async fn sockets() -> (TcpStream, TcpStream) {
+pub(crate) async fn sockets() -> (TcpStream, TcpStream) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let (client, server) = tokio::join!(TcpStream::connect(address), listener.accept());

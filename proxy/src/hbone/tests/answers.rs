@@ -89,3 +89,23 @@ fn a_cut_is_a_failure() {
     assert!(matches!(read(&mut core, id), Poll::Ready(Ok(came)) if came == b"all"));
     assert!(matches!(read(&mut core, id), Poll::Ready(Err(Failed::Reader(_)))));
 }
+
+#[test]
+fn what_a_connection_that_failed_has_delivered_holds_no_read_buffer() {
+    let (mut core, id) = (Core::new(Role::Client, SETTINGS, Instant::now()), 1);
+    assert_eq!(core.open(authority(), &headers()), Ok(id));
+    let mut bytes = Vec::new();
+    settings(&mut bytes, &[]);
+    let mut block = Vec::new();
+    hpack::indexed(&mut block, hpack::index::STATUS);
+    head(&mut bytes, block.len(), kind::HEADERS, flag::END_HEADERS, id);
+    bytes.extend_from_slice(&block);
+    head(&mut bytes, 8_000, kind::DATA, 0, id);
+    bytes.extend_from_slice(&[7; 8_000]);
+    let buffer = Bytes::from(bytes);
+    core.receive(buffer.clone()).unwrap();
+    assert!(!buffer.is_unique(), "it is lent for the turn");
+    core.fail(Error::Closed);
+    assert!(buffer.is_unique());
+    assert_eq!(read(&mut core, id).map(|read| read.unwrap().len()), Poll::Ready(8_000));
+}

@@ -55,7 +55,7 @@ async fn a_client_of_the_library_is_served() {
 #[tokio::test]
 async fn a_server_of_the_library_serves() {
     let (client, server) = sockets().await;
-    let acceptor = TlsAcceptor::from(CONFIGS.1.clone());
+    let acceptor = TlsAcceptor::from(CONFIGS.server.clone());
     let ((socket, tls), server) = tokio::join!(dialled(client), acceptor.accept(server));
     let server = server.unwrap();
     let serving = start(async move {
