@@ -34,6 +34,10 @@ pub(crate) fn began(pid: u32) -> Option<u64> {
     fields.nth(18)?.parse().ok()
 }
 
+/// Free bytes that a cluster starts with: the images and layers of its nodes, its database, and what the kubelets keep
+/// free ([`crate::node`]).
+const ROOM: u64 = 1 << 30;
+
 /// Where clusters keep their folders: `WEFT_CLUSTER_DIR`, else `/var/tmp/weft-cluster`.
 pub fn base() -> PathBuf {
     env::var_os("WEFT_CLUSTER_DIR").map_or_else(|| PathBuf::from("/var/tmp/weft-cluster"), PathBuf::from)
@@ -49,11 +53,28 @@ fn alone() -> Result<File> {
     Ok(lock)
 }
 
+/// Refuses a disk on which the kubelets would soon evict what the cluster is for.
+fn enough_room(at: &Path) -> Result<()> {
+    let disk =
+        nix::sys::statvfs::statvfs(at).with_context(|| format!("ask what is free at {}", at.display()))?;
+    let free = disk.blocks_available() * disk.fragment_size();
+    if free < ROOM {
+        bail!(
+            "{} has {} MiB free and a cluster needs {}: remove something there (`cargo clean` gives back what builds \
+             keep) or set WEFT_CLUSTER_DIR to a folder on another disk",
+            at.display(),
+            free >> 20,
+            ROOM >> 20,
+        );
+    }
+    Ok(())
+}
+
 impl Record {
     /// A new one of this process. Its folder is made.
     ///
     /// # Errors
-    /// When the options make no sense, or a cluster of that name stands.
+    /// When the options make no sense, a cluster of that name stands, or the disk is full.
     pub fn new(options: &Options) -> Result<Self> {
         let name = match &options.name {
             Some(name) => name.clone(),
@@ -79,6 +100,7 @@ impl Record {
         }
         let _alone = alone()?;
         fs::create_dir_all(base()).with_context(|| format!("make {}; is this root?", base().display()))?;
+        enough_room(&base())?;
         match fs::create_dir(&folder) {
             Ok(()) => record.save()?,
             Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => bail!(
@@ -206,4 +228,16 @@ fn unique() -> String {
     static MADE: AtomicU8 = AtomicU8::new(0);
     let serial = MADE.fetch_add(1, Ordering::Relaxed);
     format!("c{:x}{}", std::process::id(), char::from(b'a' + serial % 26))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_disk_is_refused() {
+        // A file system without a single free block.
+        let refused = enough_room(Path::new("/proc")).expect_err("no room");
+        assert!(refused.to_string().contains("/proc has 0 MiB free"), "{refused}");
+    }
 }

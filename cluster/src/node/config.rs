@@ -153,7 +153,8 @@ fn kubelet(pki: &Pki, name: &str) -> Value {
         "clusterDomain": "cluster.local",
         "enforceNodeAllocatable": ["pods"],
         "containerRuntimeEndpoint": "unix:///run/containerd/containerd.sock",
-        "evictionHard": {"memory.available": "50Mi", "nodefs.available": "1%", "imagefs.available": "1%"},
+        // Not a share: the disk is the machine's, and one percent of a large one is more than many have left.
+        "evictionHard": {"memory.available": "50Mi", "nodefs.available": "200Mi", "imagefs.available": "200Mi"},
         "imageGCHighThresholdPercent": 99,
         "volumePluginDir": "/opt/volume-plugins",
         "nodeStatusUpdateFrequency": "5s",
