@@ -20,7 +20,12 @@ use tokio::{
 
 use crate::{copy::Copied, l7::Io};
 
-/// Sets what every data socket gets: no delay, and keepalive so that a peer that vanished is noticed.
+/// What a socket takes beyond what its peer has room for, in bytes. The kernel would take 4 MiB: memory that a reader
+/// who stalls holds, and in a tunnel a queue that no other stream's bytes can overtake.
+const UNSENT: u32 = 128 * 1024;
+
+/// Sets what every data socket gets: no delay, a short queue (`TCP_NOTSENT_LOWAT`), and keepalive so that a peer that
+/// vanished is noticed.
 ///
 /// Set on a listener, what is accepted from it has it too.
 pub fn tune(socket: &impl AsFd) {
@@ -29,16 +34,21 @@ pub fn tune(socket: &impl AsFd) {
         .with_time(Duration::from_secs(60))
         .with_interval(Duration::from_secs(15))
         .with_retries(4);
-    let set = socket.set_tcp_nodelay(true).and_then(|()| socket.set_tcp_keepalive(&keepalive));
+    let set = socket
+        .set_tcp_nodelay(true)
+        .and_then(|()| socket.set_tcp_notsent_lowat(UNSENT))
+        .and_then(|()| socket.set_tcp_keepalive(&keepalive));
     if let Err(error) = set {
         tracing::debug!(%error, "socket options were not set");
     }
 }
 
-/// Sets what a socket towards an application of this node gets: no delay. Its other end is in the same kernel, and
-/// cannot vanish without a word.
+/// Sets what a socket towards an application of this node gets: no delay and a short queue. Its other end is in the same
+/// kernel, and cannot vanish without a word.
 pub fn tune_local(socket: &impl AsFd) {
-    if let Err(error) = SockRef::from(socket).set_tcp_nodelay(true) {
+    let socket = SockRef::from(socket);
+    let set = socket.set_tcp_nodelay(true).and_then(|()| socket.set_tcp_notsent_lowat(UNSENT));
+    if let Err(error) = set {
         tracing::debug!(%error, "socket options were not set");
     }
 }
@@ -135,5 +145,42 @@ impl AsyncWrite for Socket {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::{
+        io::{AsyncReadExt as _, AsyncWriteExt as _},
+        net::TcpListener,
+    };
+
+    use super::*;
+
+    /// How much a socket takes whose peer has read a lot, so that the kernel expects more of it, and then stalls.
+    async fn taken(tuned: bool) -> usize {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a listener");
+        if tuned {
+            tune(&listener);
+        }
+        let mut reader =
+            TcpStream::connect(listener.local_addr().expect("an address")).await.expect("connected");
+        let (mut sender, _) = listener.accept().await.expect("accepted");
+        let (block, mut sink) = (vec![0; 64 * 1024], vec![0; 64 * 1024]);
+        for _ in 0..256 {
+            sender.write_all(&block).await.expect("written");
+            reader.read_exact(&mut sink).await.expect("read");
+        }
+        let mut taken = 0;
+        while let Ok(n) = sender.try_write(&block) {
+            taken += n;
+        }
+        taken
+    }
+
+    #[tokio::test]
+    async fn a_reader_that_stalls_holds_little() {
+        let (tuned, untuned) = (taken(true).await, taken(false).await);
+        assert!(tuned + 1024 * 1024 < untuned, "{tuned} bytes were taken, and {untuned} without");
     }
 }
