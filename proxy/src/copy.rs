@@ -77,49 +77,54 @@ pub enum CopyError {
     Idle(Duration),
 }
 
-/// Copies until both directions ended; the end of one is passed on as a half-close while the other goes on.
+/// Copies until both directions ended; the end of one is passed on as a half-close while the other goes on. `early`
+/// has been read from the client already.
 ///
 /// # Errors
 /// On the first failure of either side, or when nothing moved for `idle` (noticed after at most twice that).
 /// The caller then resets both.
-pub async fn both<C, S>(
-    client: &mut C,
-    server: &mut S,
-    traffic: &Traffic,
+pub fn both<'a, C, S>(
+    client: &'a mut C,
+    server: &'a mut S,
+    early: Vec<u8>,
+    traffic: &'a Traffic,
     idle: Duration,
-) -> Result<(), CopyError>
+) -> impl Future<Output = Result<(), CopyError>> + 'a
 where
     C: Copied,
     S: Copied,
 {
-    let mut up = Direction::default();
+    // Here and not in the block, where what is given and what it becomes would both have room in every connection.
+    let mut up = Direction { rest: early, ..Direction::default() };
     let mut down = Direction::default();
-    let copy = std::future::poll_fn(|cx| {
-        let sent = up.poll(cx, client, server, |n| traffic.add_sent(n));
-        if let Poll::Ready(Err(side)) = sent {
-            return Poll::Ready(Err(side.error(true)));
-        }
-        let received = down.poll(cx, server, client, |n| traffic.add_received(n));
-        if let Poll::Ready(Err(side)) = received {
-            return Poll::Ready(Err(side.error(false)));
-        }
-        ready!(sent.is_ready().then_some(()).map_or(Poll::Pending, Poll::Ready));
-        received.map(|_| Ok(()))
-    });
-    let watch = async {
-        let mut last = (traffic.sent(), traffic.received());
-        loop {
-            tokio::time::sleep(idle).await;
-            let now = (traffic.sent(), traffic.received());
-            if now == last {
-                return;
+    async move {
+        let copy = std::future::poll_fn(|cx| {
+            let sent = up.poll(cx, client, server, |n| traffic.add_sent(n));
+            if let Poll::Ready(Err(side)) = sent {
+                return Poll::Ready(Err(side.error(true)));
             }
-            last = now;
+            let received = down.poll(cx, server, client, |n| traffic.add_received(n));
+            if let Poll::Ready(Err(side)) = received {
+                return Poll::Ready(Err(side.error(false)));
+            }
+            ready!(sent.is_ready().then_some(()).map_or(Poll::Pending, Poll::Ready));
+            received.map(|_| Ok(()))
+        });
+        let watch = async {
+            let mut last = (traffic.sent(), traffic.received());
+            loop {
+                tokio::time::sleep(idle).await;
+                let now = (traffic.sent(), traffic.received());
+                if now == last {
+                    return;
+                }
+                last = now;
+            }
+        };
+        tokio::select! {
+            result = copy => result,
+            () = watch => Err(CopyError::Idle(idle)),
         }
-    };
-    tokio::select! {
-        result = copy => result,
-        () = watch => Err(CopyError::Idle(idle)),
     }
 }
 

@@ -102,6 +102,12 @@ impl Drop for Opener {
 pub struct Opening(Option<Stream>);
 
 impl Opening {
+    /// Sends what of `data` fits along with the CONNECT, and says how much that is.
+    pub fn send(&self, data: &[u8]) -> usize {
+        let Some(stream) = &self.0 else { return 0 };
+        stream.send_now(data)
+    }
+
     /// The answer, with the stream.
     ///
     /// # Errors

@@ -200,6 +200,8 @@ pub struct ConnectError {
     pub status: u16,
     /// What happened, with the next step where there is one.
     pub message: String,
+    /// No other endpoint may be tried: this one may have heard the application's first bytes, or the application is gone.
+    pub settled: bool,
 }
 
 impl ConnectError {
@@ -210,6 +212,12 @@ impl ConnectError {
             Reason::Timeout => 504,
             _ => 503,
         };
-        Self { reason, status, message: message.into() }
+        Self { reason, status, message: message.into(), settled: false }
+    }
+
+    /// The same, with [`ConnectError::settled`].
+    #[must_use]
+    pub fn settled(self, settled: bool) -> Self {
+        Self { settled, ..self }
     }
 }

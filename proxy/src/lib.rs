@@ -6,6 +6,7 @@ pub mod balance;
 pub mod config;
 pub mod connections;
 pub mod copy;
+pub mod early;
 pub mod hbone;
 pub mod http;
 pub mod inbound;

@@ -15,6 +15,7 @@ use crate::{
     balance::Lease,
     connections::{Entry, Registration},
     copy::{self, CopyError, Traffic},
+    early::Early,
     l7::{ConnectError, Io, Target},
     metrics::{Pair, Reported, Side},
     platform::OriginalDst,
@@ -86,7 +87,7 @@ async fn set_up(
         source,
         original,
     };
-    let served = outbound.resolve().await?;
+    let served = outbound.resolve(&app).await?;
     Some((outbound, app, served))
 }
 
@@ -126,7 +127,7 @@ struct Outbound {
 }
 
 impl Outbound {
-    async fn resolve(&self) -> Option<Served> {
+    async fn resolve(&self, app: &Socket) -> Option<Served> {
         if let Some(reason) = self.forbidden() {
             self.refuse(reason);
             return None;
@@ -142,7 +143,7 @@ impl Outbound {
             .await;
         match held.unwrap_or(Err(Unresolved::Unknown)) {
             Ok(Resolved::Http { service, port }) => Some(Served::Http { service, port }),
-            Ok(Resolved::Opaque(targets)) => self.reach_one(&targets).await.map(Served::Opaque),
+            Ok(Resolved::Opaque(targets)) => self.reach_one(app, &targets).await.map(Served::Opaque),
             Err(Unresolved::Unknown) => {
                 self.refuse(Reason::UnknownPeer);
                 None
@@ -264,15 +265,21 @@ impl Outbound {
     }
 
     /// Connects to one of the endpoints, to another where the first cannot be had.
-    async fn reach_one(&self, targets: &[Target]) -> Option<Box<Reached>> {
+    async fn reach_one(&self, app: &Socket, targets: &[Target]) -> Option<Box<Reached>> {
         let Some((target, alternate)) = self.pod.balancer.choose(targets, |t| t.address) else {
             self.refuse(Reason::NoEndpoint);
             return None;
         };
+        let mut early = Early::of(app);
         for target in std::iter::once(target).chain(alternate) {
-            match self.reach(target).await {
-                Ok(reached) => return Some(reached),
-                Err(reason) if connect::worth_another(reason) => {}
+            match self.reach(target, &mut early).await {
+                Ok(mut reached) => {
+                    let (sent, rest) = early.into_parts();
+                    reached.traffic.add_sent(sent as u64);
+                    reached.early = rest;
+                    return Some(reached);
+                }
+                Err(error) if connect::worth_another(&error) => {}
                 Err(_) => return None,
             }
         }
@@ -280,13 +287,13 @@ impl Outbound {
     }
 
     /// Connects to one endpoint; a failure is recorded.
-    async fn reach(&self, target: &Target) -> Result<Box<Reached>, Reason> {
+    async fn reach(&self, target: &Target, early: &mut Early<'_>) -> Result<Box<Reached>, ConnectError> {
         let (traffic, pair, mut session) = self.session(Some(target));
         let mut registration = self.register(target.workload.as_deref());
         let lease = self.pod.balancer.lease(target.address);
         let dialler = self.dialler();
         let connected = tokio::select! {
-            connected = dialler.connect(target) => connected,
+            connected = dialler.connect(target, early) => connected,
             reason = registration.cut() => Err(ConnectError::new(reason, "cut while connecting")),
         };
         match connected {
@@ -298,24 +305,32 @@ impl Outbound {
                     let identity = target.workload.as_ref().map(|w| w.identity.clone());
                     session.record.destination.identity = identity;
                 }
-                Ok(Box::new(Reached { _lease: lease, traffic, registration, session, upstream }))
+                Ok(Box::new(Reached {
+                    _lease: lease,
+                    early: Vec::new(),
+                    traffic,
+                    registration,
+                    session,
+                    upstream,
+                }))
             }
             Err(error) => {
                 pair.failed(error.reason);
                 session.fail(error.reason);
                 tracing::debug!(pod = %self.source.name, target = %target.address, %error, "an endpoint was not reached");
-                Err(error.reason)
+                Err(error)
             }
         }
     }
 
     async fn copy(&self, app: &mut Socket, mut reached: Box<Reached>) {
-        let Reached { upstream, session, registration, traffic, .. } = &mut *reached;
+        let Reached { early, upstream, session, registration, traffic, .. } = &mut *reached;
+        let early = std::mem::take(early);
         session.opened();
         let upstream_cut = upstream.cut();
         upstream_cut.set(true);
         let copied = tokio::select! {
-            copied = copy::both(app, upstream, traffic, self.shared.config.idle_timeout) => copied,
+            copied = copy::both(app, upstream, early, traffic, self.shared.config.idle_timeout) => copied,
             reason = registration.cut() => return session.fail(reason),
         };
         match copied {
@@ -338,6 +353,8 @@ impl Outbound {
 /// An endpoint that was connected to. Its connection ends last, when everybody has been told.
 struct Reached {
     _lease: Lease,
+    /// Read from the application, and not sent yet.
+    early: Vec<u8>,
     traffic: Arc<Traffic>,
     registration: Registration,
     session: Session,

@@ -1,5 +1,6 @@
 //! The whole way over real sockets and real TLS: two nodes in one process, Pods with loopback addresses.
 
+mod early;
 mod expiry;
 mod flow;
 mod goaway;

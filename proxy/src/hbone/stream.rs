@@ -3,7 +3,7 @@
 use std::{
     io::{self, IoSlice, Write as _},
     pin::Pin,
-    task::{Context, Poll},
+    task::{Context, Poll, Waker},
 };
 
 use bytes::buf::Limit;
@@ -35,6 +35,17 @@ impl Stream {
 
     pub(super) fn poll_answer(&self, cx: &mut Context<'_>) -> Poll<Result<StatusCode, Lost>> {
         self.shared.with(|core| core.poll_answer(self.id, cx))
+    }
+
+    /// Writes what fits now.
+    pub(super) fn send_now(&self, data: &[u8]) -> usize {
+        let written =
+            self.shared.with(|core| core.write(self.id, data, &mut Context::from_waker(Waker::noop())));
+        match written {
+            Poll::Ready(Ok(n)) => n,
+            // Whoever waits for the answer hears what is wrong.
+            Poll::Ready(Err(_)) | Poll::Pending => 0,
+        }
     }
 
     pub(super) fn answer(&self, status: StatusCode) -> Result<(), Lost> {

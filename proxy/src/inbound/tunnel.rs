@@ -230,7 +230,7 @@ where
 {
     let Opened { socket, registration, traffic, .. } = opened;
     let copied = tokio::select! {
-        copied = copy::both(client, socket, traffic, shared.config.idle_timeout) => copied,
+        copied = copy::both(client, socket, Vec::new(), traffic, shared.config.idle_timeout) => copied,
         reason = registration.cut() => return reason,
     };
     match copied {

@@ -10,6 +10,7 @@ use weft_core::{
 
 use crate::{
     connections::Source,
+    early::Early,
     inbound::{Arrival, plain},
     l7::{ConnectError, Target},
     metrics::{Pair, Reported, Side},
@@ -21,9 +22,13 @@ use crate::{
     upstream::{Upstream, Way},
 };
 
-/// Whether another endpoint may do where one failed for this reason.
-pub(super) fn worth_another(reason: Reason) -> bool {
-    matches!(reason, Reason::ConnectFailure | Reason::Timeout | Reason::TlsFailure | Reason::PeerReset)
+/// Whether another endpoint may do where one failed so.
+pub(super) fn worth_another(error: &ConnectError) -> bool {
+    !error.settled
+        && matches!(
+            error.reason,
+            Reason::ConnectFailure | Reason::Timeout | Reason::TlsFailure | Reason::PeerReset
+        )
 }
 
 /// Connects on behalf of one connection of an application.
@@ -47,11 +52,16 @@ impl Dialler {
         self.shared.metrics.pair(Reported::Source, Side::workload(&self.source), side)
     }
 
-    /// Connects to an endpoint. An enrolled one is reached authenticated or not at all.
+    /// Connects to an endpoint. An enrolled one is reached authenticated or not at all. What of `early` did not go along
+    /// is still to be sent.
     ///
     /// # Errors
     /// When it cannot be reached, is not who it should be, or refuses.
-    pub(super) async fn connect(&self, target: &Target) -> Result<Upstream, ConnectError> {
+    pub(super) async fn connect(
+        &self,
+        target: &Target,
+        early: &mut Early<'_>,
+    ) -> Result<Upstream, ConnectError> {
         let Some(chosen) = &target.workload else {
             let state = self.shared.state();
             if self.source.mode == Mode::Strict && state.in_ranges(target.address.ip()) {
@@ -72,7 +82,7 @@ impl Dialler {
         let here = self.shared.pod(&workload.uid).filter(|_| state.shortcut(&self.source, workload));
         match here {
             Some(pod) => self.local(target, &pod).await,
-            None => self.tunnel(target, workload).await,
+            None => self.tunnel(target, workload, early).await,
         }
     }
 
@@ -113,7 +123,12 @@ impl Dialler {
         plain::local(&self.shared, pod, arrival, self.pair(target)).await
     }
 
-    async fn tunnel(&self, target: &Target, workload: &Workload) -> Result<Upstream, ConnectError> {
+    async fn tunnel(
+        &self,
+        target: &Target,
+        workload: &Workload,
+        early: &mut Early<'_>,
+    ) -> Result<Upstream, ConnectError> {
         let identity = &self.source.identity;
         let Some(credentials) = self.shared.credentials.current(identity) else {
             let text = format!("no credentials for {identity} yet; is the operator reachable?");
@@ -138,7 +153,7 @@ impl Dialler {
                 pod: self.source.name.name.to_string(),
             },
         };
-        let connected = self.pod.pool().connect(&key, &credentials, &request).await;
+        let connected = self.pod.pool().connect(&key, &credentials, &request, early).await;
         let (stream, session) = connected.inspect_err(|error| {
             if error.reason == Reason::IdentityMismatch {
                 self.shared.metrics.peer_mismatches.inc();

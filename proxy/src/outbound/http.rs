@@ -13,6 +13,7 @@ use weft_core::{
 
 use super::{connect::Dialler, resolve};
 use crate::{
+    early::Early,
     l7::{ConnectError, Io, LocalReply, OutboundHandler, RequestEnd, Routed, Target},
     metrics::{Reported, Side},
     record,
@@ -101,7 +102,7 @@ impl OutboundHandler for HttpOutbound {
     }
 
     async fn connect(&self, target: &Target) -> Result<Upstream, ConnectError> {
-        let upstream = self.dialler.connect(target).await.inspect_err(|error| {
+        let upstream = self.dialler.connect(target, &mut Early::default()).await.inspect_err(|error| {
             self.dialler.pair(target).failed(error.reason);
         })?;
         let mut protection = self.protection.lock();

@@ -18,40 +18,49 @@ use weft_core::{
 use super::support::{Mesh, Node, Pod, is_reset, soon};
 use crate::ProxyConfig;
 
-type Server = Connection<TlsStream<TcpStream>, Bytes>;
+pub(super) type Server = Connection<TlsStream<TcpStream>, Bytes>;
 
-struct Ghost {
-    workload: Workload,
-    listener: TcpListener,
+pub(super) struct Ghost {
+    pub(super) workload: Workload,
+    pub(super) listener: TcpListener,
     acceptor: TlsAcceptor,
 }
 
 /// A client's node, the client, and a peer without a proxy.
-fn stage(change: impl FnOnce(&mut ProxyConfig)) -> (Mesh, Node, Pod, Ghost) {
+pub(super) fn stage(change: impl FnOnce(&mut ProxyConfig)) -> (Mesh, Node, Pod, Ghost) {
     let mesh = Mesh::new();
     let node = mesh.node_with("node-a", change);
     let client = mesh.pod(&node, "client");
-    let (workload, listener) = mesh.ghost("web");
-    listener.set_nonblocking(true).expect("set");
-    let credentials = Mesh::credentials(&mesh.ca, &workload.identity);
-    let acceptor = TlsAcceptor::from(credentials.server_config());
-    let listener = TcpListener::from_std(listener).expect("a listener");
-    (mesh, node, client, Ghost { workload, listener, acceptor })
+    let ghost = Ghost::new(&mesh, "web");
+    (mesh, node, client, ghost)
 }
 
 impl Ghost {
-    fn app(&self) -> std::net::SocketAddr {
+    pub(super) fn new(mesh: &Mesh, account: &str) -> Self {
+        let (workload, listener) = mesh.ghost(account);
+        listener.set_nonblocking(true).expect("set");
+        let credentials = Mesh::credentials(&mesh.ca, &workload.identity);
+        let acceptor = TlsAcceptor::from(credentials.server_config());
+        let listener = TcpListener::from_std(listener).expect("a listener");
+        Self { workload, listener, acceptor }
+    }
+
+    pub(super) fn app(&self) -> std::net::SocketAddr {
         (self.workload.addresses[0], 8080).into()
     }
 
-    async fn accept(&self) -> Server {
+    pub(super) async fn accept(&self) -> Server {
         let (socket, _) = soon("a tunnel", self.listener.accept()).await.expect("a connection");
+        self.serve(socket).await
+    }
+
+    pub(super) async fn serve(&self, socket: TcpStream) -> Server {
         let tls = soon("TLS", self.acceptor.accept(socket)).await.expect("TLS");
         soon("HTTP/2", h2::server::handshake(tls)).await.expect("HTTP/2")
     }
 }
 
-async fn next(server: &mut Server) -> (Request<h2::RecvStream>, SendResponse<Bytes>) {
+pub(super) async fn next(server: &mut Server) -> (Request<h2::RecvStream>, SendResponse<Bytes>) {
     soon("a CONNECT", server.accept()).await.expect("a CONNECT").expect("a CONNECT")
 }
 

@@ -17,6 +17,7 @@ use weft_identity::{Credentials, ca::EmbeddedCa};
 use weft_runtime::Tasks;
 
 use super::support::{Mesh, Pod, from_account, is_reset, ping, soon};
+use crate::early::Early;
 
 #[tokio::test]
 async fn policy_refuses_and_a_change_cuts() {
@@ -109,8 +110,9 @@ async fn a_peer_that_is_not_who_it_should_be_is_refused() {
     };
     let request = crate::tunnel::ConnectRequest { authority: app, source: Default::default() };
     let pod = a.proxy.shared().pod(&client.uid).expect("the Pod");
-    let refused =
-        soon("a refusal", pod.pool().connect(&key, &expected, &request)).await.expect_err("refused");
+    let refused = soon("a refusal", pod.pool().connect(&key, &expected, &request, &mut Early::default()))
+        .await
+        .expect_err("refused");
     assert_eq!(refused.reason, Reason::IdentityMismatch, "{refused}");
 }
 

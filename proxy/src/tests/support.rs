@@ -45,7 +45,7 @@ pub(super) async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
 }
 
 /// A loopback address that no other test uses, be it of this process or of another one.
-fn address() -> IpAddr {
+pub(super) fn address() -> IpAddr {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     static BLOCK: LazyLock<(u8, UnixListener)> = LazyLock::new(block);
     let n = NEXT.fetch_add(1, Ordering::Relaxed);
@@ -331,26 +331,40 @@ impl Mesh {
         protocol: AppProtocol,
         endpoints: &[(&Pod, u16)],
     ) -> SocketAddr {
+        let endpoints = endpoints.iter().map(|(pod, port)| endpoint(pod.ip, &pod.uid, *port)).collect();
+        self.service_of(vip, name, protocol, endpoints)
+    }
+
+    /// A Service at an address, with these endpoints.
+    pub(super) fn service_of(
+        &self,
+        vip: IpAddr,
+        name: &str,
+        protocol: AppProtocol,
+        endpoints: Vec<Endpoint>,
+    ) -> SocketAddr {
         let service = Service {
             name: NamespacedName::new("shop", name),
             addresses: vec![vip],
             ports: vec![ServicePort { name: "".into(), port: 80, app_protocol: protocol }],
-            endpoints: endpoints
-                .iter()
-                .map(|(pod, port)| Endpoint {
-                    address: pod.ip,
-                    ports: BTreeMap::from([(80, *port)]),
-                    packet_ports: Vec::new(),
-                    workload: Some(pod.uid.clone()),
-                    ready: true,
-                    node: None,
-                })
-                .collect(),
+            endpoints,
             fronts: Vec::new(),
             node_local: false,
         };
         self.apply(vec![Resource::Service(Arc::new(service))], vec![]);
         SocketAddr::new(vip, 80)
+    }
+}
+
+/// An endpoint of a Service's port 80.
+pub(super) fn endpoint(address: IpAddr, pod: &WorkloadUid, port: u16) -> Endpoint {
+    Endpoint {
+        address,
+        ports: BTreeMap::from([(80, port)]),
+        packet_ports: Vec::new(),
+        workload: Some(pod.clone()),
+        ready: true,
+        node: None,
     }
 }
 

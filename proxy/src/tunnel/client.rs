@@ -22,7 +22,7 @@ use self::{
     slot::{Place, Slot, Tunnel},
 };
 use super::{ConnectRequest, Session, Stream, Times, validity::Validities};
-use crate::{hbone::Lost, l7::ConnectError, platform::PodNet};
+use crate::{early::Early, hbone::Lost, l7::ConnectError, platform::PodNet};
 
 mod dial;
 mod drive;
@@ -96,7 +96,8 @@ impl Pool {
         }))
     }
 
-    /// Opens a stream, over an open connection of these ends under these credentials or a new one.
+    /// Opens a stream, over an open connection of these ends under these credentials or a new one. What the application
+    /// has said by then goes along.
     ///
     /// # Errors
     /// When the destination cannot be reached, is not who it should be, or refuses.
@@ -105,6 +106,7 @@ impl Pool {
         key: &Key,
         credentials: &Credentials,
         request: &ConnectRequest,
+        early: &mut Early<'_>,
     ) -> Result<(Stream, Session), ConnectError> {
         let slot = self.0.slot(key, credentials);
         let mut problem = String::new();
@@ -115,13 +117,13 @@ impl Pool {
                 None => Box::pin(self.0.place(key, &slot, credentials)).await?,
             };
             let session = place.0.session.clone();
-            match tokio::time::timeout(self.0.times.answer, open(place, request)).await {
+            match tokio::time::timeout(self.0.times.answer, open(place, request, early)).await {
                 Ok(Ok(stream)) => return Ok((stream, session)),
                 Ok(Err(OpenError::Refused(error))) => return Err(error),
                 Ok(Err(OpenError::Connection(text))) => problem = text,
                 Err(_) => {
                     let text = format!("the proxy at {} did not answer the CONNECT in time", key.address);
-                    return Err(ConnectError::new(Reason::Timeout, text));
+                    return Err(ConnectError::new(Reason::Timeout, text).settled(early.heard()));
                 }
             }
         }
@@ -248,7 +250,7 @@ impl Drop for Count {
     }
 }
 
-async fn open(place: Place, request: &ConnectRequest) -> Result<Stream, OpenError> {
+async fn open(place: Place, request: &ConnectRequest, early: &mut Early<'_>) -> Result<Stream, OpenError> {
     let tunnel = place.0.clone();
     let lost = |lost: Lost| {
         // A connection that no longer takes streams is left to end with those it has.
@@ -256,20 +258,37 @@ async fn open(place: Place, request: &ConnectRequest) -> Result<Stream, OpenErro
         OpenError::Connection(lost.to_string())
     };
     let refused = |reason, text: String| Err(OpenError::Refused(ConnectError::new(reason, text)));
+    let authority = request.authority;
     let mut headers = HeaderMap::new();
     request.source.write(tunnel.session.local.ip(), &mut headers);
-    let opening = tunnel.opener.open(request.authority, &headers).map_err(lost)?;
+    let data = early.data().map_err(|error| {
+        let text = format!("the application's connection failed: {error}");
+        OpenError::Refused(ConnectError::new(Reason::PeerReset, text).settled(true))
+    })?;
+    let opening = tunnel.opener.open(authority, &headers).map_err(lost)?;
+    let sent = opening.send(data);
+    early.sent(sent);
     let (status, stream) = match opening.answer().await {
         Ok(answer) => answer,
         Err(Lost::Reset(_)) => {
-            return refused(
-                Reason::PeerReset,
-                format!("the proxy of {} reset the CONNECT", request.authority),
-            );
+            let text = format!("the proxy of {authority} reset the CONNECT");
+            let error = ConnectError::new(Reason::PeerReset, text).settled(early.heard());
+            return Err(OpenError::Refused(error));
         }
-        Err(error) => return Err(lost(error)),
+        // It says nothing of how far the stream had come.
+        Err(error @ Lost::Connection) if early.heard() => {
+            tunnel.closed.store(true, Ordering::Release);
+            let text = format!("the tunnel to {authority} broke before an answer to what was said: {error}");
+            return Err(OpenError::Refused(ConnectError::new(Reason::PeerReset, text).settled(true)));
+        }
+        Err(error) => {
+            early.unheard();
+            return Err(lost(error));
+        }
     };
-    let authority = request.authority;
+    if status != StatusCode::OK {
+        early.unheard();
+    }
     match status {
         StatusCode::OK => {
             let (validity, retires) = (tunnel.session.validity.clone(), tunnel.retires);
