@@ -55,6 +55,8 @@ pub struct LabOptions {
     pub clocks: bool,
     /// Nodes that have no agent.
     pub without_agent: Vec<String>,
+    /// Settings of the nodes' and Pods' namespaces, from before anything runs in them: `net/ipv4/tcp_ecn=1`.
+    pub sysctls: Vec<String>,
 }
 
 impl Default for LabOptions {
@@ -68,6 +70,7 @@ impl Default for LabOptions {
             agent_args: Vec::new(),
             clocks: false,
             without_agent: Vec::new(),
+            sysctls: Vec::new(),
         }
     }
 }
@@ -212,6 +215,7 @@ impl Lab {
         )?;
         for node in &self.nodes {
             node.raise(&control)?;
+            net::sysctls(&node.place.netns, &self.options.sysctls)?;
         }
         let [a, b] = [&self.nodes[0], &self.nodes[1]];
         net::ip_batch(

@@ -23,6 +23,8 @@ pub(crate) const H2: u16 = 8081;
 pub(crate) const BULK: u16 = 5201;
 /// As [`HTTP`] and [`H2`], of the same server, for requests that are judged while connections to those are.
 pub(crate) const REQUESTED: [u16; 2] = [8090, 8091];
+/// What most nodes run. Some machines have bbr as their default, which paces: then it is measured how well timers do.
+const CONGESTION: &str = "cubic";
 /// Pods on each node beside those that talk, so that memory is that of an agent with many.
 const IDLE_PODS: usize = 48;
 
@@ -87,8 +89,10 @@ impl Ground {
         fs::write(&objects, pods(if meshed { IDLE_PODS } else { 0 }))?;
         let policy = folder.join("policy.yaml");
         fs::write(&policy, POLICY)?;
+        allow_congestion_control()?;
         let options = LabOptions {
             objects: vec![objects, policy],
+            sysctls: vec![format!("net/ipv4/tcp_congestion_control={CONGESTION}")],
             drain_seconds: 1,
             filter: "warn".into(),
             ..LabOptions::default()
@@ -249,6 +253,16 @@ impl Ground {
             self.lab.delete("requests").map(drop)
         }
     }
+}
+
+/// A namespace may only choose among what the machine allows.
+fn allow_congestion_control() -> Result<()> {
+    let path = "/proc/sys/net/ipv4/tcp_allowed_congestion_control";
+    let allowed = fs::read_to_string(path).with_context(|| format!("read {path}"))?;
+    if allowed.split_whitespace().any(|name| name == CONGESTION) {
+        return Ok(());
+    }
+    fs::write(path, format!("{} {CONGESTION}", allowed.trim())).with_context(|| format!("allow {CONGESTION}"))
 }
 
 /// Pods of the client's node that speak to nobody until they are asked to.

@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
-use super::{LABS_MADE, Lab, Place, Pod, Record, objects};
+use super::{LABS_MADE, Lab, Place, Pod, Record, net, objects};
 
 impl Lab {
     /// Takes objects in: Pods are raised and completed, Services get addresses and EndpointSlices; the rest is
@@ -95,6 +95,7 @@ impl Lab {
         self.record.netns.push(pod.netns_name.clone());
         self.record.save()?;
         pod.raise(node)?;
+        net::sysctls(&pod.place.netns, &self.options.sysctls)?;
         fs::create_dir_all(pod.folder(&self.dir))?;
         objects::complete_pod(object, &pod, node.wire());
         self.pod_objects.insert(key.clone(), object.clone());

@@ -56,10 +56,10 @@ pub fn within<T: Send>(netns: &Path, work: impl FnOnce() -> Result<T> + Send) ->
 ///
 /// # Errors
 /// When one cannot be written.
-pub fn sysctls(netns: &Path, settings: &[&str]) -> Result<()> {
-    let settings: Vec<String> = settings.iter().map(ToString::to_string).collect();
-    within(netns, move || {
-        for setting in &settings {
+pub fn sysctls(netns: &Path, settings: &[impl AsRef<str> + Sync]) -> Result<()> {
+    within(netns, || {
+        for setting in settings {
+            let setting = setting.as_ref();
             let (key, value) = setting.split_once('=').context("a setting without =")?;
             std::fs::write(format!("/proc/sys/{key}"), value).with_context(|| format!("set {setting}"))?;
         }
