@@ -1,4 +1,4 @@
-//! Network namespaces: opened once, entered only on threads that end afterwards.
+//! Network namespaces: opened once, and entered on threads that end afterwards, or for a moment.
 
 use std::{
     fs::File,
@@ -65,6 +65,26 @@ impl NetNs {
     pub(super) fn run<T: Send>(&self, f: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
         enter(self.file.as_fd(), f)
     }
+
+    /// As [`Self::run`], on the calling thread and without the price of another one, for work that neither waits nor
+    /// starts threads. The process ends where the thread cannot go back: it would serve others inside of a Pod.
+    pub(super) fn pass<T>(&self, f: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        let _home = Home(File::open("/proc/thread-self/ns/net")?);
+        move_into_link_name_space(self.as_fd(), Some(LinkNameSpaceType::Network))?;
+        f()
+    }
+}
+
+/// Where the calling thread returns to when this is dropped, also by a panic.
+struct Home(File);
+
+impl Drop for Home {
+    fn drop(&mut self) {
+        if let Err(error) = move_into_link_name_space(self.0.as_fd(), Some(LinkNameSpaceType::Network)) {
+            tracing::error!(%error, "a thread cannot leave a Pod's network namespace; the agent ends, to be started anew");
+            std::process::abort();
+        }
+    }
 }
 
 impl AsFd for NetNs {
@@ -73,8 +93,8 @@ impl AsFd for NetNs {
     }
 }
 
-/// Runs `f` inside a namespace, on a thread of its own that ends with it: no thread ever has to find back, so none
-/// can be left behind in a Pod.
+/// Runs `f` inside a namespace, on a thread of its own that ends with it: it may wait there, and what goes wrong leaves
+/// no thread behind in a Pod.
 fn enter<T: Send>(namespace: BorrowedFd<'_>, f: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
     alone(|| {
         move_into_link_name_space(namespace, Some(LinkNameSpaceType::Network))?;
@@ -123,6 +143,25 @@ mod tests {
         });
         assert_ne!(other.expect("a namespace of its own; run as root"), here.cookie());
         assert_eq!(here.run(cookie).expect("cookie"), here.cookie());
+    }
+
+    #[test]
+    fn a_thread_that_passes_through_a_namespace_finds_back() {
+        let home = cookie().expect("cookie");
+        let (there, expected) = alone(|| {
+            // SAFETY: only this thread, which ends here, changes its network namespace.
+            unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNET) }?;
+            let there = NetNs::open(Path::new("/proc/thread-self/ns/net")).map_err(io::Error::other)?;
+            Ok((there, cookie()?))
+        })
+        .expect("a namespace of its own; run as root");
+        assert_eq!(there.pass(cookie).expect("cookie"), expected);
+        assert_eq!(cookie().expect("cookie"), home);
+        assert!(there.pass(|| Err::<(), _>(io::ErrorKind::Other.into())).is_err());
+        assert_eq!(cookie().expect("cookie"), home, "after a failure");
+        let panicked = std::panic::catch_unwind(|| there.pass(|| -> io::Result<()> { panic!("inside") }));
+        assert!(panicked.is_err());
+        assert_eq!(cookie().expect("cookie"), home, "after a panic");
     }
 
     #[test]

@@ -135,7 +135,7 @@ impl PodNetwork {
             }
             stock.next_batch(Instant::now())
         };
-        let mut batch = self.netns.run(|| {
+        let mut batch = self.netns.pass(|| {
             let one = || {
                 let socket = Socket::new(domain, Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
                 Ok(OwnedFd::from(socket))

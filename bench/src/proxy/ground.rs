@@ -92,7 +92,11 @@ impl Ground {
         allow_congestion_control()?;
         let options = LabOptions {
             objects: vec![objects, policy],
-            sysctls: vec![format!("net/ipv4/tcp_congestion_control={CONGESTION}")],
+            // The ports that peers listen on in a Pod's namespace are below those that its connections take.
+            sysctls: vec![
+                format!("net/ipv4/tcp_congestion_control={CONGESTION}"),
+                "net/ipv4/ip_local_port_range=20000 65000".into(),
+            ],
             drain_seconds: 1,
             filter: "warn".into(),
             ..LabOptions::default()
