@@ -13,8 +13,8 @@ use aya_obj::{Object, generated::bpf_map_type};
 use weft_bpf_tests::object;
 use weft_core::flow::Reason;
 use weft_ebpf_common::{
-    AddrInfo, Config, CountKey, Event, FragKey, Front, FrontKey, ListenerKey, OrigDst, Pod, PolicyKey,
-    PolicyVal, Probe, SkMeta, Tuple, VipKey,
+    AddrInfo, Config, CountKey, Event, FlowSeen, FragKey, Front, FrontKey, ListenerKey, OrigDst, Pod,
+    PolicyKey, PolicyVal, Probe, SkMeta, Tuple, VipKey,
     codes::{map, program, reason, stat, subject},
 };
 
@@ -80,7 +80,8 @@ fn sizes_and_offsets_agree() {
     agree!(structs, Pod { cookie, ip4, ip6, slot, subject, flags, ifindex, out_port, out_port6, pad });
     agree!(structs, AddrInfo { subject, flags });
     agree!(structs, SkMeta { kind, family, port, subject, addr, cookie, netns });
-    agree!(structs, Tuple { netns, src, dst, sport, dport, proto, pad });
+    agree!(structs, FlowSeen { forth, back });
+    agree!(structs, Tuple { netns, src, dst, sport, dport, proto });
     agree!(structs, OrigDst { addr, cookie, subject, port, family, pad });
     agree!(structs, ListenerKey { slot, kind, shard, port });
     agree!(structs, VipKey { subject, port, pad, addr });
@@ -135,7 +136,7 @@ fn maps_have_the_types_and_sizes_that_user_space_takes_them_for() {
         (map::CIDRS, LPM_TRIE, 20, size_of::<AddrInfo>()),
         (map::VIP_DENIED, HASH, size_of::<VipKey>(), 4),
         (map::POLICY, HASH, size_of::<PolicyKey>(), size_of::<PolicyVal>()),
-        (map::FLOWS, LRU_HASH, size_of::<Tuple>(), 8),
+        (map::FLOWS, LRU_HASH, size_of::<Tuple>(), size_of::<FlowSeen>()),
         (map::FRAGS, LRU_HASH, size_of::<FragKey>(), 8),
         (map::COUNTS, PERCPU_HASH, size_of::<CountKey>(), 8),
         (map::STATS, PERCPU_ARRAY, 4, 8),

@@ -80,7 +80,6 @@ impl Flood {
                 sport: 1,
                 dport: 1,
                 proto: 0,
-                pad: [0; 3],
             };
             for map in &mut self.maps {
                 map.insert(key, junk, 0).context("the flood cannot insert")?;

@@ -218,8 +218,7 @@ fn what_was_told_is_good_for_seconds_and_for_one_pod() {
                 dst: addr(family.own),
                 sport,
                 dport: APP,
-                proto: proto::TCP,
-                pad: [0; 3],
+                proto: proto::TCP.into(),
             };
             world.maps().set(map::PROBES, key, Probe { seen, cgroup: 1 }).unwrap();
             assert_eq!(world.dial(&socket, family), want, "{family:?}");

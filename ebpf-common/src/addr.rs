@@ -48,6 +48,13 @@ pub const fn words(addr: &Addr) -> [u32; 4] {
     unsafe { core::mem::transmute::<Addr, [u32; 4]>(*addr) }
 }
 
+/// The address as two numbers, of an order that is the same everywhere on a machine and means nothing else.
+#[inline(always)]
+pub const fn halves(addr: &Addr) -> [u64; 2] {
+    // SAFETY: both are sixteen bytes of integers.
+    unsafe { core::mem::transmute::<Addr, [u64; 2]>(*addr) }
+}
+
 /// The address of four words in memory order (network order bytes), as the kernel's contexts hold them.
 #[inline(always)]
 pub const fn from_words(words: [u32; 4]) -> Addr {

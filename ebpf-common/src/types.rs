@@ -1,6 +1,6 @@
 //! Keys and values of the maps, and the record of the ring buffer.
 
-use crate::Addr;
+use crate::{Addr, addr};
 
 macro_rules! shared {
     ($($(#[$doc:meta])* $name:ident = $size:literal { $($(#[$field_doc:meta])* $field:ident: $ty:ty,)* })*) => {$(
@@ -102,7 +102,8 @@ shared! {
         netns: u64,
     }
 
-    /// One direction of a connection. Key of `ORIG_DST`, `CLIENT_OF`, `FLOWS`.
+    /// One direction of a connection. Key of `ORIG_DST`, `CLIENT_OF`, `PROBES`; of `FLOWS` for both directions, as
+    /// [`Tuple::ordered`] puts it.
     Tuple = 48 {
         /// Cookie of the network namespace; 0 in `FLOWS`.
         netns: u64,
@@ -114,10 +115,16 @@ shared! {
         sport: u16,
         /// Destination port; for an ICMP echo reply the identifier.
         dport: u16,
-        /// IP protocol in `FLOWS`, else 0.
-        proto: u8,
-        /// Zero.
-        pad: [u8; 3],
+        /// IP protocol in `FLOWS` and `PROBES`, else 0.
+        proto: u32,
+    }
+
+    /// When a flow that is not TCP was last seen (ns, coarse monotonic clock), 0 for never. Value of `FLOWS`.
+    FlowSeen = 16 {
+        /// From its `src` to its `dst`, let pass by its own right, or by a reply to that.
+        forth: u64,
+        /// From its `dst` to its `src`, likewise.
+        back: u64,
     }
 
     /// What a redirected connection dialled, or who is behind a connection of the proxy. Value of `ORIG_DST`,
@@ -259,5 +266,39 @@ shared! {
         policy: u32,
         /// The caller's process (`CONNECT`, `UNKNOWN_NETNS`), else 0.
         pid: u32,
+    }
+}
+
+impl Tuple {
+    /// The same flow with its lower end first, and whether the ends were exchanged for that: both directions have one row.
+    #[inline(always)]
+    pub fn ordered(self) -> (Self, bool) {
+        let [src, dst] = [&self.src, &self.dst].map(addr::halves);
+        let exchanged = (src, self.sport) > (dst, self.dport);
+        if exchanged {
+            let Self { src, dst, sport, dport, .. } = self;
+            (Self { src: dst, dst: src, sport: dport, dport: sport, ..self }, true)
+        } else {
+            (self, false)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn both_directions_of_a_flow_are_one_row(src: [u8; 16], dst: [u8; 16], sport: u16, dport: u16, proto: u32) {
+            let forth = Tuple { netns: 0, src, dst, sport, dport, proto };
+            let back = Tuple { src: dst, dst: src, sport: dport, dport: sport, ..forth };
+            let ((one, exchanged), (other, back_exchanged)) = (forth.ordered(), back.ordered());
+            prop_assert_eq!(one, other);
+            prop_assert_eq!(exchanged != back_exchanged, forth != back);
+            prop_assert_eq!(one, if exchanged { back } else { forth });
+        }
     }
 }

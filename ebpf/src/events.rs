@@ -1,6 +1,6 @@
 //! Counters and records.
 
-use aya_ebpf::helpers::generated::bpf_ktime_get_ns;
+use aya_ebpf::helpers::generated::{bpf_ktime_get_coarse_ns, bpf_ktime_get_ns};
 use weft_ebpf_common::{CountKey, Event, codes::stat};
 
 use crate::maps::{COUNTS, EVENTS, STATS};
@@ -41,4 +41,11 @@ pub(crate) fn emit(event: impl FnOnce() -> Event) {
 pub(crate) fn now() -> u64 {
     // SAFETY: takes nothing, gives a number.
     unsafe { bpf_ktime_get_ns() }
+}
+
+/// As [`now`], as of the last tick of the kernel's timer, for a tenth of the price (Linux 5.11).
+#[inline(always)]
+pub(crate) fn coarse_now() -> u64 {
+    // SAFETY: takes nothing, gives a number.
+    unsafe { bpf_ktime_get_coarse_ns() }
 }

@@ -8,8 +8,8 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use weft_ebpf_common::{
-    Addr, AddrInfo, Config, CountKey, Event, FragKey, Front, FrontKey, ListenerKey, OrigDst, Pod, PolicyKey,
-    PolicyVal, Probe, SkMeta, Tuple, VipKey, codes::stat,
+    Addr, AddrInfo, Config, CountKey, Event, FlowSeen, FragKey, Front, FrontKey, ListenerKey, OrigDst, Pod,
+    PolicyKey, PolicyVal, Probe, SkMeta, Tuple, VipKey, codes::stat,
 };
 
 /// Memory as it is needed: these maps are sized for the largest clusters.
@@ -64,7 +64,7 @@ pub(crate) static POLICY: HashMap<PolicyKey, PolicyVal, 1_048_576, GROW> = HashM
 
 /// Allowed flows that are not TCP.
 #[btf_map]
-pub(crate) static FLOWS: LruHashMap<Tuple, u64, 131_072> = LruHashMap::new();
+pub(crate) static FLOWS: LruHashMap<Tuple, FlowSeen, 131_072> = LruHashMap::new();
 
 /// Datagrams whose first fragment passed.
 #[btf_map]

@@ -153,8 +153,7 @@ fn probe(ends: &Ends, own: &Pod) -> Option<Probe> {
         dst: ends.local,
         sport: ends.remote_port,
         dport: ends.local_port,
-        proto: proto::TCP,
-        pad: [0; 3],
+        proto: proto::TCP.into(),
     };
     let told = PROBES.get_ptr(&key)?;
     // SAFETY: two aligned words; rows are replaced whole, and either one was true.

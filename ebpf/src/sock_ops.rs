@@ -52,7 +52,7 @@ fn connecting(ctx: &SockOpsContext) {
     };
     let (local, remote) = addresses(ctx.ops);
     let (sport, dport) = ports(ctx);
-    let key = Tuple { netns: netns(ctx), src: local, dst: remote, sport, dport, proto: 0, pad: [0; 3] };
+    let key = Tuple { netns: netns(ctx), src: local, dst: remote, sport, dport, proto: 0 };
     let value = OrigDst {
         addr: meta.addr,
         cookie: meta.cookie,
@@ -77,15 +77,8 @@ fn accepted(ctx: &SockOpsContext) {
         return;
     }
     let (own_port, peer_port) = ports(ctx);
-    let key = Tuple {
-        netns: netns(ctx),
-        src: remote,
-        dst: local,
-        sport: peer_port,
-        dport: own_port,
-        proto: 0,
-        pad: [0; 3],
-    };
+    let key =
+        Tuple { netns: netns(ctx), src: remote, dst: local, sport: peer_port, dport: own_port, proto: 0 };
     let (from, kind): (&Handover, u8) =
         if redirected { (&ORIG_DST, kind::ACCEPTED_OUT) } else { (&CLIENT_OF, kind::ACCEPTED_IN) };
     // SAFETY: the entry is of this connection alone and is read before it is deleted.

@@ -1,5 +1,7 @@
 //! `tc` at the host side of a Pod's interface: forged sources, TCP beside the proxy, and everything that is not TCP.
 
+use core::mem::MaybeUninit;
+
 use aya_ebpf::{
     bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC},
     helpers::generated::{bpf_sk_fullsock, bpf_skb_cgroup_id, bpf_skb_load_bytes},
@@ -7,19 +9,21 @@ use aya_ebpf::{
 };
 use weft_ebpf_common::{
     Addr, AddrInfo, FragKey, Pod, Probe, Tuple, addr,
-    codes::{FLOW_IDLE_NS, FRAG_IDLE_NS, info, kind, pod, proto, reason, stat, verdict},
+    codes::{FRAG_IDLE_NS, info, kind, pod, proto, reason, stat, verdict},
     judge::{Judgement, Query},
     packet::{ETH_IP4, ETH_IP6, ETH_LEN, Load, Packet, fragment, parse, plain_segment, tcp},
 };
 
 use crate::{
     events,
-    maps::{FLOWS, FRAGS, KUBELETS, PROBES, VETHS},
+    maps::{FRAGS, KUBELETS, PROBES, VETHS},
     sock, tables,
 };
 
+mod flow;
 mod report;
 
+use flow::Flow;
 use report::{Way, deny, drop_with, forwarded};
 
 struct Skb<'a>(&'a TcContext);
@@ -27,11 +31,13 @@ struct Skb<'a>(&'a TcContext);
 impl Load for Skb<'_> {
     #[inline(always)]
     fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
-        let mut bytes = [0_u8; N];
+        // Not zeroed first: BPF would do that byte by byte.
+        let mut bytes = MaybeUninit::<[u8; N]>::uninit();
         // SAFETY: the helper writes at most N bytes, and checks the packet's bounds.
         let result =
             unsafe { bpf_skb_load_bytes(self.0.skb.skb.cast(), offset, bytes.as_mut_ptr().cast(), N as u32) };
-        (result == 0).then_some(bytes)
+        // SAFETY: it succeeded: all N bytes are written.
+        (result == 0).then(|| unsafe { bytes.assume_init() })
     }
 }
 
@@ -149,9 +155,10 @@ fn judge_out(ctx: &TcContext, own: &Pod, packet: &Packet) -> i32 {
     let dialled = tables::dialled(&packet.dst, packet.policy_port(), packet.proto);
     let Some((to, port)) = dialled.filter(|(to, _)| to_be_judged(to, strict(to))) else {
         // Not ours to judge; but its replies must come back in.
-        remember(packet);
+        Flow::of(packet).remember();
         return TC_ACT_UNSPEC;
     };
+    let flow = Flow::of(packet);
     let query = Query {
         src: own.subject,
         dst: to.subject,
@@ -160,7 +167,7 @@ fn judge_out(ctx: &TcContext, own: &Pod, packet: &Packet) -> i32 {
         authenticated: true,
         dst_flags: to.flags,
     };
-    let judged = if to.flags & info::ENROLLED != 0 && is_reply(packet) {
+    let judged = if to.flags & info::ENROLLED != 0 && flow.is_reply() {
         return TC_ACT_UNSPEC;
     } else if own.flags & pod::HELD != 0 {
         refusal(reason::UNKNOWN_PEER)
@@ -169,7 +176,7 @@ fn judge_out(ctx: &TcContext, own: &Pod, packet: &Packet) -> i32 {
     } else {
         direct_verdict(&query, to.flags & info::LOCAL == 0 && strict(&to))
     };
-    settle(own, packet, (own.subject, tables::reported(&to)), &judged, Way::Out)
+    settle(own, packet, &flow, (own.subject, tables::reported(&to)), &judged, Way::Out)
 }
 
 /// An enrolled Pod; or a Service whose address becomes that of one on another node after the last hook that sees the
@@ -224,11 +231,15 @@ fn judge_in(ctx: &TcContext, own: &Pod, packet: &Packet) -> i32 {
     if packet.fragment == fragment::LATER {
         return later_fragment(own, packet, Way::In);
     }
-    if packet.control || is_reply(packet) {
+    if packet.control {
+        return TC_ACT_UNSPEC;
+    }
+    let flow = Flow::of(packet);
+    if flow.is_reply() {
         return TC_ACT_UNSPEC;
     }
     if own.flags & pod::HELD != 0 {
-        return settle(own, packet, (0, own.subject), &refusal(reason::UNKNOWN_PEER), Way::In);
+        return settle(own, packet, &flow, (0, own.subject), &refusal(reason::UNKNOWN_PEER), Way::In);
     }
     let dst = if addr::is_multicast(&packet.dst) {
         if addr::is_v4(&packet.dst) { &own.ip4 } else { &own.ip6 }
@@ -254,7 +265,7 @@ fn judge_in(ctx: &TcContext, own: &Pod, packet: &Packet) -> i32 {
         authenticated,
         dst_flags,
     };
-    settle(own, packet, (query.src, query.dst), &direct_verdict(&query, crosses), Way::In)
+    settle(own, packet, &flow, (query.src, query.dst), &direct_verdict(&query, crosses), Way::In)
 }
 
 /// Tells `sk_lookup` of the kubelet's SYN, known by the cgroup of its socket: what is forwarded or masqueraded has
@@ -264,8 +275,7 @@ fn note_probe(ctx: &TcContext, own: &Pod, packet: &Packet) {
     if packet.tcp_flags & (tcp::SYN | tcp::ACK) != tcp::SYN {
         return;
     }
-    let key =
-        Tuple { netns: own.cookie, ..flow(packet, &packet.src, &packet.dst, packet.sport, packet.dport) };
+    let key = Tuple { netns: own.cookie, ..flow::tuple(packet) };
     // SAFETY: the context's own packet.
     let cgroup = unsafe { bpf_skb_cgroup_id(ctx.skb.skb) };
     // SAFETY: only whether there is a row.
@@ -293,11 +303,18 @@ fn direct_verdict(query: &Query, crosses: bool) -> Judgement {
 
 /// Carries out the verdict on a packet that is not TCP.
 #[inline(always)]
-fn settle(own: &Pod, packet: &Packet, subjects: (u32, u32), judged: &Judgement, way: Way) -> i32 {
+fn settle(
+    own: &Pod,
+    packet: &Packet,
+    flow: &Flow,
+    subjects: (u32, u32),
+    judged: &Judgement,
+    way: Way,
+) -> i32 {
     if judged.denied() {
         return deny(own, way, packet, subjects, stat::NON_TCP_DENIED, judged);
     }
-    if remember(packet) {
+    if flow.remember() {
         forwarded(own, way, packet, subjects, judged);
     }
     TC_ACT_UNSPEC
@@ -306,46 +323,6 @@ fn settle(own: &Pod, packet: &Packet, subjects: (u32, u32), judged: &Judgement, 
 #[inline(always)]
 fn refusal(reason: u8) -> Judgement {
     Judgement { verdict: verdict::DENY, reason, policy: 0 }
-}
-
-#[inline(always)]
-fn flow(packet: &Packet, src: &Addr, dst: &Addr, sport: u16, dport: u16) -> Tuple {
-    Tuple { netns: 0, src: *src, dst: *dst, sport, dport, proto: packet.proto, pad: [0; 3] }
-}
-
-/// Notes the flow, so that its replies pass; true where it is new.
-#[inline(always)]
-fn remember(packet: &Packet) -> bool {
-    let key = flow(packet, &packet.src, &packet.dst, packet.sport, packet.dport);
-    let now = events::now();
-    if let Some(seen) = FLOWS.get_ptr_mut(&key) {
-        // SAFETY: one aligned word; writers on several CPUs write nearly the same time.
-        let before = unsafe { seen.read() };
-        // SAFETY: as above.
-        unsafe { seen.write(now) };
-        return now.wrapping_sub(before) >= FLOW_IDLE_NS;
-    }
-    if FLOWS.insert(key, now, 0).is_err() {
-        events::count(stat::MAP_FULL);
-    }
-    true
-}
-
-/// True for the reply of a live flow.
-#[inline(always)]
-fn is_reply(packet: &Packet) -> bool {
-    let key = flow(packet, &packet.dst, &packet.src, packet.dport, packet.sport);
-    let Some(seen) = FLOWS.get_ptr_mut(&key) else {
-        return false;
-    };
-    let now = events::now();
-    // SAFETY: one aligned word.
-    if now.wrapping_sub(unsafe { seen.read() }) >= FLOW_IDLE_NS {
-        return false;
-    }
-    // SAFETY: as above.
-    unsafe { seen.write(now) };
-    true
 }
 
 #[inline(always)]

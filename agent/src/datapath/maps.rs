@@ -9,8 +9,8 @@ use std::{
 
 use aya::Pod as Plain;
 use weft_ebpf_common::{
-    Addr, AddrInfo, Config, CountKey, Front, FrontKey, ListenerKey, OrigDst, Pod, PolicyKey, PolicyVal,
-    SkMeta, Tuple, VipKey, codes::map,
+    Addr, AddrInfo, Config, CountKey, FlowSeen, Front, FrontKey, ListenerKey, OrigDst, Pod, PolicyKey,
+    PolicyVal, SkMeta, Tuple, VipKey, codes::map,
 };
 
 use super::{error::DatapathError, sys};
@@ -234,7 +234,7 @@ pub(super) struct Maps {
     pub(super) cidrs: Map<Prefix, AddrInfo>,
     pub(super) vip_denied: Map<VipKey, u32>,
     pub(super) policy: Map<PolicyKey, PolicyVal>,
-    pub(super) flows: Map<Tuple, u64>,
+    pub(super) flows: Map<Tuple, FlowSeen>,
     pub(super) counts: PerCpu<CountKey>,
     pub(super) stats: PerCpu<u32>,
     pub(super) config: Map<u32, Config>,

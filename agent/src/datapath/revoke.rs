@@ -4,7 +4,7 @@ use std::{collections::HashSet, io, net::SocketAddr};
 
 use weft_core::WorkloadUid;
 use weft_ebpf_common::{
-    Addr, Pod,
+    Addr, FlowSeen, Pod,
     codes::{TUNNEL_PORT, kind, pod, proto},
 };
 
@@ -199,20 +199,31 @@ fn forget_flows(
     maps: &Maps,
     denied: &mut impl FnMut(KernelConnection<'_>) -> bool,
 ) -> Result<usize, DatapathError> {
+    let at = |address: &Addr| {
+        let mut enrolled = pods.enrolled.iter();
+        enrolled.find(|(_, e)| e.entry.ip4 == *address || e.entry.ip6 == *address).map(|(uid, _)| uid)
+    };
     let mut forgotten = 0;
-    for flow in maps.flows.keys()? {
-        let server = SocketAddr::new(decode(flow.dst), flow.dport);
-        let client = SocketAddr::new(decode(flow.src), flow.sport);
-        let at = |address: &Addr| {
-            let mut enrolled = pods.enrolled.iter();
-            enrolled.find(|(_, e)| e.entry.ip4 == *address || e.entry.ip6 == *address).map(|(uid, _)| uid)
-        };
-        let pod = at(&flow.dst);
-        if pod.is_none() && at(&flow.src).is_none() {
-            continue;
+    for (row, seen) in maps.flows.entries()? {
+        // What the packet hooks write is a protocol's number.
+        let protocol = u8::try_from(row.proto).unwrap_or_default();
+        let (src, dst) = ((row.src, row.sport), (row.dst, row.dport));
+        let mut left = seen;
+        for (noted, client, server) in [(&mut left.forth, src, dst), (&mut left.back, dst, src)] {
+            let pod = at(&server.0);
+            if *noted == 0 || (pod.is_none() && at(&client.0).is_none()) {
+                continue;
+            }
+            let [client, server] = [client, server].map(|(ip, port)| SocketAddr::new(decode(ip), port));
+            if denied(KernelConnection { pod, client, server, protocol, earlier: false }) {
+                *noted = 0;
+                forgotten += 1;
+            }
         }
-        if denied(KernelConnection { pod, client, server, protocol: flow.proto, earlier: false }) {
-            forgotten += usize::from(maps.flows.delete(&flow)?);
+        if left == FlowSeen::default() {
+            maps.flows.delete(&row)?;
+        } else if left != seen {
+            maps.flows.set(&row, &left)?;
         }
     }
     Ok(forgotten)
