@@ -11,7 +11,6 @@ use std::{
 
 use rustls::{ClientConfig, ServerConfig, sign::CertifiedKey};
 use rustls_pki_types::{CertificateDer, UnixTime};
-use webpki::KeyUsage;
 use weft_core::{SpiffeId, TrustDomain, id::InvalidSpiffeId};
 use x509_parser::{certificate::X509Certificate, prelude::FromDer};
 
@@ -19,7 +18,7 @@ use crate::{
     issuer::Signed,
     key::SvidKey,
     tls,
-    verify::{ExpectedWorkload, TrustBundle},
+    verify::{ExpectedWorkload, Purpose, TrustBundle},
 };
 
 /// Why a signed chain and a key are no credential.
@@ -96,8 +95,8 @@ impl Credentials {
         let bundle =
             TrustBundle::new(domain, &signed.roots, Arc::clone(&provider)).map_err(CredentialError::Root)?;
         let at = UnixTime::since_unix_epoch(now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default());
-        for usage in [KeyUsage::client_auth(), KeyUsage::server_auth()] {
-            let found = bundle.verify(leaf, intermediates, at, usage)?;
+        for purpose in Purpose::ALL {
+            let found = bundle.verify(leaf, intermediates, at, purpose)?;
             if found != *id {
                 return Err(CredentialError::WrongId { found, asked: id.clone() });
             }

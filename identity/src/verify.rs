@@ -12,7 +12,10 @@ use rustls_pki_types::{CertificateDer, ServerName, TrustAnchor, UnixTime};
 use webpki::{EndEntityCert, KeyUsage, anchor_from_trusted_cert};
 use weft_core::{SpiffeId, TrustDomain};
 
+use self::known::{KnownChains, Shown};
 use crate::peer::{PeerError, peer_identity};
+
+mod known;
 
 /// Most intermediates looked at; a mesh has none or one.
 const MAX_INTERMEDIATES: usize = 8;
@@ -55,11 +58,33 @@ impl IdentityError {
     }
 }
 
+/// What a certificate is shown for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Purpose {
+    /// By the end that dials.
+    Client,
+    /// By the end that is dialled.
+    Server,
+}
+
+impl Purpose {
+    pub(crate) const ALL: [Self; 2] = [Self::Client, Self::Server];
+
+    /// The extended key usage that it takes (RFC 5280 section 4.2.1.12).
+    fn key_usage(self) -> KeyUsage {
+        match self {
+            Self::Client => KeyUsage::client_auth(),
+            Self::Server => KeyUsage::server_auth(),
+        }
+    }
+}
+
 /// The roots of one trust domain.
 pub(crate) struct TrustBundle {
     domain: TrustDomain,
     anchors: Vec<TrustAnchor<'static>>,
     provider: Arc<CryptoProvider>,
+    known: KnownChains,
 }
 
 impl TrustBundle {
@@ -72,20 +97,39 @@ impl TrustBundle {
             .iter()
             .map(|root| Ok(anchor_from_trusted_cert(root)?.to_owned()))
             .collect::<Result<_, _>>()?;
-        Ok(Self { domain, anchors, provider })
+        Ok(Self { domain, anchors, provider, known: KnownChains::default() })
     }
 
-    /// The id of a peer whose chain leads to a root of this bundle, at `now`.
+    /// The id of a peer whose chain leads to a root of this bundle, at `now`. A chain that is known to do is not walked
+    /// again.
     pub(crate) fn verify(
+        &self,
+        leaf: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+        purpose: Purpose,
+    ) -> Result<SpiffeId, Error> {
+        if intermediates.len() > MAX_INTERMEDIATES {
+            return Err(Error::InvalidCertificate(CertificateError::BadEncoding));
+        }
+        let shown = Shown::new(purpose, leaf, intermediates);
+        if let Some(peer) = shown.as_ref().and_then(|shown| self.known.get(shown, now)) {
+            return Ok(peer);
+        }
+        let peer = self.check(leaf, intermediates, now, purpose.key_usage())?;
+        if let Some(shown) = shown {
+            self.known.put(shown, peer.clone());
+        }
+        Ok(peer)
+    }
+
+    fn check(
         &self,
         leaf: &CertificateDer<'_>,
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
         usage: KeyUsage,
     ) -> Result<SpiffeId, Error> {
-        if intermediates.len() > MAX_INTERMEDIATES {
-            return Err(Error::InvalidCertificate(CertificateError::BadEncoding));
-        }
         let algorithms = self.provider.signature_verification_algorithms.all;
         EndEntityCert::try_from(leaf)
             .and_then(|leaf| {
@@ -169,7 +213,7 @@ impl ClientCertVerifier for AnyWorkload {
         now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
         self.bundle
-            .verify(end_entity, intermediates, now, KeyUsage::client_auth())
+            .verify(end_entity, intermediates, now, Purpose::Client)
             .map(|_| ClientCertVerified::assertion())
     }
 
@@ -192,7 +236,7 @@ impl ServerCertVerifier for ExpectedWorkload {
         _ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        let peer = self.bundle.verify(end_entity, intermediates, now, KeyUsage::server_auth())?;
+        let peer = self.bundle.verify(end_entity, intermediates, now, Purpose::Server)?;
         if peer == self.expected {
             Ok(ServerCertVerified::assertion())
         } else {
@@ -216,7 +260,7 @@ pub fn fuzz(
 ) -> Result<SpiffeId, Error> {
     let bundle =
         TrustBundle::new(domain, std::slice::from_ref(root), crate::tls::provider()).map_err(chain_error)?;
-    bundle.verify(leaf, &[], now, KeyUsage::server_auth())
+    bundle.verify(leaf, &[], now, Purpose::Server)
 }
 
 fn only_tls13() -> Error {
@@ -244,3 +288,6 @@ fn chain_error(error: webpki::Error) -> Error {
         other => CertificateError::Other(OtherError(Arc::new(other))),
     })
 }
+
+#[cfg(test)]
+mod tests;

@@ -4,11 +4,13 @@ use std::{sync::Arc, time::SystemTime};
 
 use rcgen::{KeyPair, PKCS_ECDSA_P256_SHA256, PublicKeyData};
 use rustls_pki_types::{CertificateDer, UnixTime};
-use webpki::KeyUsage;
 use weft_core::{SpiffeId, TrustDomain};
 
 use super::{CaError, EmbeddedCa, crypto, file};
-use crate::{tls, verify::TrustBundle};
+use crate::{
+    tls,
+    verify::{Purpose, TrustBundle},
+};
 
 /// Most certificates from the signing one to the last below the root.
 const MAX_INTERMEDIATES: usize = 5;
@@ -84,9 +86,9 @@ impl EmbeddedCa {
         let now = SystemTime::now();
         let leaf = self.leaf_for(&id, &key, super::SVID_LIFETIME, now)?;
         let at = UnixTime::since_unix_epoch(now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default());
-        for usage in [KeyUsage::server_auth(), KeyUsage::client_auth()] {
+        for purpose in Purpose::ALL {
             bundle
-                .verify(&leaf, &self.intermediates, at, usage)
+                .verify(&leaf, &self.intermediates, at, purpose)
                 .map_err(|error| CaError::Chain(error.to_string()))?;
         }
         Ok(())

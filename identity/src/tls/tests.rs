@@ -11,6 +11,7 @@ use crate::{
     ca::EmbeddedCa,
     peer_identity,
     testing::{Forged, ca, connected, credentials, domain, handshake, id, leaf},
+    verify::Purpose,
 };
 
 const WEB: &str = "spiffe://mesh.test/ns/shop/sa/web";
@@ -238,7 +239,7 @@ fn a_bundle_of_another_domain_does_not_match_by_prefix() {
     let leaf = credentials(&ca, &id("web"));
     let verify = |bundle: &TrustBundle, chain: &[_]| {
         let now = rustls_pki_types::UnixTime::now();
-        bundle.verify(&leaf.chain()[0], chain, now, webpki::KeyUsage::client_auth())
+        bundle.verify(&leaf.chain()[0], chain, now, Purpose::Client)
     };
     assert_eq!(verify(&bundle("mesh.test"), &[]).unwrap(), id("web"));
     assert!(verify(&bundle("mesh.tes"), &[]).is_err());
