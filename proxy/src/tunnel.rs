@@ -111,7 +111,7 @@ fn expiry(chain: &[CertificateDer<'_>]) -> Option<SystemTime> {
     SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(seconds))
 }
 
-/// Pings the peer, from the start; tells of its first answer, and ends when it stopped to answer.
+/// Pings the peer; tells of its first answer, and ends when it stopped to answer.
 async fn keep_alive(control: hbone::Control, times: Times, answered: impl FnOnce()) {
     let mut answered = Some(answered);
     loop {

@@ -34,6 +34,8 @@ pub struct Connection {
     taken: usize,
     /// Records on their way into the socket.
     sealed: Option<Sealed>,
+    /// The end of the handshake, which goes along with the first frames.
+    lead: Vec<u8>,
     /// The beginning of a record that is not complete.
     part: Vec<u8>,
     /// Nothing has been read yet.
@@ -73,14 +75,14 @@ impl Connection {
     }
 
     fn new(socket: TcpStream, tls: Established, shared: Shared) -> Self {
-        let unsent = Sealed { start: 0, end: tls.unsent.len(), bytes: tls.unsent };
         Self {
             socket,
             records: tls.records,
             shared,
             frames: Vec::new(),
             taken: 0,
-            sealed: (unsent.end > 0).then_some(unsent),
+            sealed: None,
+            lead: tls.unsent,
             part: tls.received,
             fresh: true,
             closed: false,
@@ -91,6 +93,12 @@ impl Connection {
     /// One turn: writes, then reads. Whoever is woken by what was read works before the next turn, which writes for
     /// all of them at once.
     fn turn(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
+        // What came with the handshake's end is answered along with our own beginning.
+        if self.fresh
+            && let Poll::Ready(Err(error)) = self.read(cx)
+        {
+            return self.failed(error, cx);
+        }
         let now = Instant::now();
         // Frames are taken once those before them are on their way.
         let room = !self.unsent() || self.write(cx)?.is_ready();
@@ -122,22 +130,24 @@ impl Connection {
                 cx.waker().wake_by_ref();
                 Poll::Pending
             }
-            Err(error) => {
-                // What the peer is told of it may still be written.
-                let room = !self.unsent();
-                self.shared.with(|core| {
-                    if room {
-                        core.take_out(&mut self.frames);
-                    }
-                    core.fail(error.clone());
-                });
-                if self.farewell == Farewell::None {
-                    self.farewell = Farewell::Due(AlertDescription::CloseNotify);
-                }
-                let _ = self.write(cx);
-                Poll::Ready(if error == Error::Closed { Ok(()) } else { Err(error) })
-            }
+            Err(error) => self.failed(error, cx),
         }
+    }
+
+    /// Ends after a failure; what the peer is told of it may still be written.
+    fn failed(&mut self, error: Error, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
+        let room = !self.unsent();
+        self.shared.with(|core| {
+            if room {
+                core.take_out(&mut self.frames);
+            }
+            core.fail(error.clone());
+        });
+        if self.farewell == Farewell::None {
+            self.farewell = Farewell::Due(AlertDescription::CloseNotify);
+        }
+        let _ = self.write(cx);
+        Poll::Ready(if error == Error::Closed { Ok(()) } else { Err(error) })
     }
 
     /// Whether something waits for the socket.
@@ -160,6 +170,7 @@ impl Connection {
                 self.sealed.take().into_iter().for_each(|sealed| buffers::give_back(sealed.bytes));
             }
             if self.taken == self.frames.len()
+                && self.lead.is_empty()
                 && !self.records.due()
                 && !matches!(self.farewell, Farewell::Due(_))
             {
@@ -169,7 +180,11 @@ impl Connection {
             }
             let mut bytes = buffers::records();
             let rest = &self.frames[self.taken..];
-            let (taken, mut end) = self.records.seal(rest, &mut bytes).map_err(|error| insecure(&error))?;
+            let lead = std::mem::take(&mut self.lead);
+            bytes[..lead.len()].copy_from_slice(&lead);
+            let sealed = self.records.seal(rest, &mut bytes[lead.len()..]);
+            let (taken, written) = sealed.map_err(|error| insecure(&error))?;
+            let mut end = lead.len() + written;
             self.taken += taken;
             // In one piece with what comes before it: the peer may be gone for whatever comes later.
             if let Farewell::Due(alert) = self.farewell
@@ -192,7 +207,7 @@ impl Connection {
         buffers::input(|input| {
             input.extend_from_slice(&self.part);
             // What came with the handshake's end is looked at first.
-            if !std::mem::take(&mut self.fresh) || self.part.is_empty() {
+            if !std::mem::take(&mut self.fresh) {
                 match ready!(poll_read_buf(Pin::new(&mut self.socket), cx, input)) {
                     Ok(0) => return Poll::Ready(Err(self.ended())),
                     Ok(_) => {}

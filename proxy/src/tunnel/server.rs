@@ -100,7 +100,11 @@ impl Server {
         malformed: impl Fn(&'static str),
     ) -> Result<(), hbone::Error> {
         let Self { mut connection, mut requests, control, session, times, .. } = self;
-        let mut alive = std::pin::pin!(keep_alive(control.clone(), times, || ()));
+        let mut alive = std::pin::pin!(async {
+            // That the peer is there now has just been shown.
+            tokio::time::sleep(times.ping_interval).await;
+            keep_alive(control.clone(), times, || ()).await;
+        });
         let validity = session.validity;
         let mut expired = std::pin::pin!(validity.passed());
         let mut gone = std::pin::pin!(async {

@@ -59,12 +59,14 @@ impl Driver {
             std::future::pending::<()>().await;
         });
         tokio::select! {
+            biased;
+            // First, so that the first ping goes along with the first frames.
+            () = &mut alive => tracing::debug!("a tunnel's peer stopped to answer pings"),
             ended = &mut connection => {
                 if let Err(error) = ended {
                     tracing::debug!(%error, "a tunnel ended");
                 }
             }
-            () = &mut alive => tracing::debug!("a tunnel's peer stopped to answer pings"),
             () = validity.passed() => {
                 tracing::info!(peer = %key.expected, "a tunnel was closed: the certificate of its peer has expired");
                 // It retired long before, so nothing new begins; what is left is cut for its own reason meanwhile.
