@@ -41,10 +41,10 @@ pub(crate) enum Load {
         /// For how long.
         seconds: f64,
     },
-    /// One connection with one request.
+    /// One connection with one request to one server after the other. Says READY, and begins when a line comes in.
     Once {
-        /// The server.
-        server: SocketAddr,
+        /// The servers.
+        servers: Vec<SocketAddr>,
     },
     /// Closed loop over kept connections, each with a request in flight. Opens them with one request each, says READY,
     /// and begins when a line comes in, so that what it takes to open them can be told apart.
@@ -87,9 +87,15 @@ pub(crate) fn run(load: &Load) -> Result<()> {
             report(paced(server, connections, rate, seconds, timeout)?, seconds)
         }
         Load::Connect { server, threads, seconds } => report(connecting(server, threads, seconds)?, seconds),
-        Load::Once { server } => {
+        Load::Once { ref servers } => {
             go()?;
-            report(connecting(server, 1, 0.0)?, 1.0)
+            let mut all = (Vec::new(), 0);
+            for server in servers {
+                let (latencies, errors) = connecting(*server, 1, 0.0)?;
+                all.0.extend(latencies);
+                all.1 += errors;
+            }
+            report(all, 1.0)
         }
         Load::Held { server, connections, seconds } => report(held(server, connections, seconds)?, seconds),
         Load::Idle { server, connections } => {

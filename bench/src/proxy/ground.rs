@@ -27,6 +27,8 @@ pub(crate) const REQUESTED: [u16; 2] = [8090, 8091];
 const CONGESTION: &str = "cubic";
 /// Pods on each node beside those that talk, so that memory is that of an agent with many.
 const IDLE_PODS: usize = 48;
+/// As many of those of the server's node are servers too.
+const OTHERS: usize = 8;
 
 const POLICY: &str = "
 apiVersion: weft.mesh/v1alpha1
@@ -107,12 +109,23 @@ impl Ground {
             ground.serve(pod)?;
         }
         if meshed {
+            for pod in others() {
+                ground.http(&pod)?;
+                ground.listening(&pod, &[HTTP])?;
+            }
             ground.enrolled()?;
         }
         Ok(ground)
     }
 
     fn serve(&mut self, pod: &str) -> Result<()> {
+        self.http(pod)?;
+        let iperf = self.command(pod, "iperf3", &["-s".into(), "-p".into(), BULK.to_string().into()])?;
+        self.keep(pod, "iperf3", iperf)?;
+        self.listening(pod, &[HTTP, H2, BULK])
+    }
+
+    fn http(&mut self, pod: &str) -> Result<()> {
         let folder = self.lab.pod(pod)?.folder(self.lab.dir());
         fs::set_permissions(&folder, fs::Permissions::from_mode(0o755))?;
         for name in ["www", "tmp"] {
@@ -125,12 +138,12 @@ impl Ground {
         let log = folder.join("error.log");
         let words = ["-c".into(), config.into(), "-e".into(), log.into()];
         let nginx = self.command(pod, "nginx", &words)?;
-        let iperf = self.command(pod, "iperf3", &["-s".into(), "-p".into(), BULK.to_string().into()])?;
-        for (name, command) in [("nginx", nginx), ("iperf3", iperf)] {
-            self.servers.push(Process::spawn(command, name, &folder.join(format!("{name}.log")))?);
-        }
+        self.keep(pod, "nginx", nginx)
+    }
+
+    fn listening(&mut self, pod: &str, ports: &[u16]) -> Result<()> {
         let address = self.address(pod)?;
-        for port in [HTTP, H2, BULK] {
+        for &port in ports {
             wait::until(Duration::from_secs(20), &format!("{pod} to listen on {port}"), || {
                 for server in &mut self.servers {
                     server.check()?;
@@ -228,6 +241,16 @@ impl Ground {
         Ok(command)
     }
 
+    /// The addresses of the server and the further ones on its node; `one` as often, where it has no further ones.
+    ///
+    /// # Errors
+    /// When a server is missing.
+    pub(crate) fn all_servers(&self, one: IpAddr) -> Result<Vec<IpAddr>> {
+        let further =
+            others().map(|pod| if self.lab.pod("server-0").is_ok() { self.address(&pod) } else { Ok(one) });
+        std::iter::once(Ok(one)).chain(further).collect()
+    }
+
     /// A Pod's address.
     ///
     /// # Errors
@@ -269,6 +292,11 @@ fn allow_congestion_control() -> Result<()> {
     fs::write(path, format!("{} {CONGESTION}", allowed.trim())).with_context(|| format!("allow {CONGESTION}"))
 }
 
+/// Further servers on the server's node.
+fn others() -> impl Iterator<Item = String> {
+    (0..OTHERS).map(|index| format!("server-{index}"))
+}
+
 /// Pods of the client's node that speak to nobody until they are asked to.
 pub(crate) fn idle_pods() -> impl Iterator<Item = String> {
     (0..IDLE_PODS).map(|index| format!("idle-a{index}"))
@@ -296,7 +324,10 @@ fn pods(idle: usize) -> String {
     text += &pod("near", "server", "node-a");
     for index in 0..idle {
         text += &pod(&format!("idle-a{index}"), "client", "node-a");
-        text += &pod(&format!("idle-b{index}"), "idle", "node-b");
+        text += &match others().nth(index) {
+            Some(other) => pod(&other, "server", "node-b"),
+            None => pod(&format!("idle-b{index}"), "idle", "node-b"),
+        };
     }
     let service = |name: &str, port: u16, protocol: &str| {
         format!(

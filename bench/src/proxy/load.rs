@@ -2,7 +2,7 @@
 
 use std::{
     ffi::OsString,
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     process::Command,
     time::{Duration, Instant},
 };
@@ -25,8 +25,8 @@ const RATE: u32 = 1_000;
 const SETTLE: Duration = Duration::from_secs(5);
 /// How often it is looked at.
 const LOOK: Duration = Duration::from_millis(100);
-/// Tunnels that are not counted: the peers' are measured over seconds, and an agent's first ones fill its caches.
-const FIRST_TUNNELS: usize = 16;
+/// Of [`tunnels`], rounds of eight that are not counted: a proxy's first ones fill its caches.
+const FIRST_TUNNELS: usize = 2;
 /// Of one processor, what a subject that rests may use.
 const QUIET: f64 = 0.05;
 
@@ -105,9 +105,12 @@ impl Load {
         match self {
             Self::Start => subject != Subject::Direct,
             Self::H1 | Self::H2 => true,
-            Self::Held64 | Self::Held1024 | Self::Held8000 | Self::Tunnel | Self::Lookup => {
-                subject == Subject::Weft
+            // Of the peers to see how much of the growth is the kernel's.
+            Self::Held64 | Self::Held1024 | Self::Held8000 => {
+                matches!(subject, Subject::Weft | Subject::Splice | Subject::EnvoyHbone(_))
             }
+            Self::Tunnel => matches!(subject, Subject::Weft | Subject::EnvoyL4(_)),
+            Self::Lookup => subject == Subject::Weft,
             Self::NearH1 | Self::NearRate | Self::NearBulk | Self::NearConnect => {
                 matches!(subject, Subject::Weft | Subject::Direct)
             }
@@ -265,7 +268,7 @@ fn held(running: &Running<'_>, connections: u32, seconds: u32) -> Result<Sample>
 }
 
 fn arguments((ip, port): Target, words: &[&str]) -> Vec<String> {
-    let mut all = vec![words[0].to_owned(), std::net::SocketAddr::new(ip, port).to_string()];
+    let mut all = vec![words[0].to_owned(), SocketAddr::new(ip, port).to_string()];
     all.extend(words[1..].iter().map(ToString::to_string));
     all
 }
@@ -275,16 +278,23 @@ fn own(running: &Running<'_>, target: Target, words: &[&str]) -> Result<Sample> 
     sample(&text(running.ground.load("client", &arguments(target, words))?)?)
 }
 
-/// One connection with one request from each of the Pods that have spoken to nobody, eight at once as in
-/// [`Load::Connect`]. The generators have been started before, so that their start is not in it.
+/// One connection with one request from each of the Pods that have spoken to nobody to each server, eight at once. Of a
+/// peer, which has a tunnel for each connection, as many from the client. The generators have been started before, so that
+/// their start is not in it.
 fn tunnels(running: &Running<'_>) -> Result<Sample> {
-    let args = arguments(running.target(HTTP), &["once"]);
-    let start = |pod: String| Beside::start(running.ground.load(&pod, &args)?, Some("READY"));
+    let (server, port) = running.target(HTTP);
+    let servers =
+        running.ground.all_servers(server)?.into_iter().map(|ip| SocketAddr::new(ip, port).to_string());
+    let args: Vec<String> = std::iter::once("once".to_owned()).chain(servers).collect();
+    let start = |pod: String| {
+        let pod = if running.subject == Subject::Weft { &pod } else { "client" };
+        Beside::start(running.ground.load(pod, &args)?, Some("READY"))
+    };
     let mut waiting = ground::idle_pods().map(start).collect::<Result<Vec<_>>>()?;
     let mut cpu = account::cpu(&running.cgroups)?;
     let mut sum = Sample::default();
     for (index, eight) in waiting.chunks_mut(8).enumerate() {
-        if index * 8 == FIRST_TUNNELS {
+        if index == FIRST_TUNNELS {
             sum = Sample { errors: sum.errors, ..Sample::default() };
             cpu = account::cpu(&running.cgroups)?;
         }

@@ -48,7 +48,7 @@ pub(crate) fn verdicts(rows: &[Row], rounds: &[Round]) -> (String, usize) {
 }
 
 /// Lines of the table of all subjects: what, of which load, in which unit, and its factor.
-const LINES: [(&str, Load, Metric, f64); 22] = [
+const LINES: [(&str, Load, Metric, f64); 25] = [
     ("HTTP/1.1 requests/s, 64 connections", Load::H1, Metric::Rate, 1.0),
     ("- CPU µs/request", Load::H1, Metric::Cpu, 1e6),
     ("HTTP/2 requests/s, 8 x 32", Load::H2, Metric::Rate, 1.0),
@@ -64,6 +64,9 @@ const LINES: [(&str, Load, Metric, f64); 22] = [
     ("new connections/s, 8 at once", Load::Connect, Metric::Rate, 1.0),
     ("- CPU µs/connection", Load::Connect, Metric::Cpu, 1e6),
     ("CPU µs/new tunnel", Load::Tunnel, Metric::Cpu, 1e6),
+    ("CPU µs/request of 64 connections", Load::Held64, Metric::Cpu, 1e6),
+    ("- of 1,024", Load::Held1024, Metric::Cpu, 1e6),
+    ("- of 8,000", Load::Held8000, Metric::Cpu, 1e6),
     ("same node: HTTP/1.1 requests/s", Load::NearH1, Metric::Rate, 1.0),
     ("same node: Gbit/s, 1 stream", Load::NearBulk, Metric::Rate, 1.0),
     ("answered beside 16 stalled readers, %", Load::Stalled16, Metric::Answered, 1.0),

@@ -182,7 +182,7 @@ pub(crate) fn all() -> Vec<Row> {
         row(
             "new tunnel with full mTLS: CPU to envoy-l4's",
             (Weft, Tunnel, Cpu),
-            l4(Connect, Cpu),
+            l4(Tunnel, Cpu),
             AtMost(0.75),
             AtMost(0.55),
         ),
