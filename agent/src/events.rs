@@ -34,28 +34,26 @@ pub async fn run(
     let draining = drain.draining();
     tokio::pin!(draining);
     let mut expiry = tokio::time::interval(EXPIRY);
-    let mut burst = 0;
     loop {
         tokio::select! {
             () = &mut draining => return Ok(()),
             _ = expiry.tick() => enricher.expire(Instant::now()),
-            event = events.next() => {
-                enricher.kernel(flow(&event?, &policies.borrow()));
-                burst += 1;
-                if burst >= BURST {
-                    burst = 0;
-                    tokio::task::yield_now().await;
-                }
+            first = events.next() => {
+                let policies = policies.borrow().clone();
+                let clock = Clock::now();
+                let more = std::iter::from_fn(|| events.another()).take(BURST);
+                enricher.kernel(std::iter::once(first?).chain(more).map(|event| flow(&event, &policies, &clock)));
+                tokio::task::yield_now().await;
             }
         }
     }
 }
 
 /// An event in the mesh's terms.
-fn flow(event: &KernelEvent, policies: &[NamespacedName]) -> KernelFlow {
+fn flow(event: &KernelEvent, policies: &[NamespacedName], clock: &Clock) -> KernelFlow {
     let policy = event.policy.checked_sub(1).and_then(|i| policies.get(usize::try_from(i).ok()?)).cloned();
     KernelFlow {
-        time: wall(event.ktime),
+        time: clock.wall(event.ktime),
         connection: event.cookie,
         cgroup: event.cgroup,
         reporter: match event.hook {
@@ -77,12 +75,30 @@ fn flow(event: &KernelEvent, policies: &[NamespacedName]) -> KernelFlow {
     }
 }
 
-/// The time of day for a reading of the monotonic clock, in nanoseconds.
-fn wall(ktime: u64) -> SystemTime {
-    let now = clock_gettime(ClockId::Monotonic);
-    let now = Duration::new(u64::try_from(now.tv_sec).unwrap_or(0), u32::try_from(now.tv_nsec).unwrap_or(0));
-    let ago = now.saturating_sub(Duration::from_nanos(ktime));
-    SystemTime::now().checked_sub(ago).unwrap_or(SystemTime::UNIX_EPOCH)
+/// The time of day and the monotonic clock, read together.
+struct Clock {
+    wall: SystemTime,
+    monotonic: Duration,
+}
+
+impl Clock {
+    fn now() -> Self {
+        let now = clock_gettime(ClockId::Monotonic);
+        let (seconds, nanoseconds) = (u64::try_from(now.tv_sec), u32::try_from(now.tv_nsec));
+        let monotonic = Duration::new(seconds.unwrap_or(0), nanoseconds.unwrap_or(0));
+        Self { wall: SystemTime::now(), monotonic }
+    }
+
+    /// The time of day for a reading of the monotonic clock, in nanoseconds.
+    fn wall(&self, ktime: u64) -> SystemTime {
+        let then = Duration::from_nanos(ktime);
+        let wall = match self.monotonic.checked_sub(then) {
+            Some(ago) => self.wall.checked_sub(ago),
+            // The record came in after the clock was read.
+            None => self.wall.checked_add(then.saturating_sub(self.monotonic)),
+        };
+        wall.unwrap_or(SystemTime::UNIX_EPOCH)
+    }
 }
 
 #[cfg(test)]
@@ -109,19 +125,24 @@ mod tests {
             cgroup: 9,
         };
         let policies = [NamespacedName::new("shop", "a"), NamespacedName::new("shop", "b")];
-        let flow = flow(&event, &policies);
+        let clock = Clock::now();
+        let flow = flow(&event, &policies, &clock);
         assert_eq!(flow.policy, Some(policies[1].clone()));
         assert_eq!(flow.reporter, Reporter::KernelDestination);
         assert_eq!((flow.connection, flow.cgroup), (7, 9));
-        let past = super::flow(&KernelEvent { policy: 3, ..event }, &policies);
+        let past = super::flow(&KernelEvent { policy: 3, ..event }, &policies, &clock);
         assert_eq!(past.policy, None);
     }
 
     #[test]
     fn the_monotonic_clock_is_read_as_time_of_day() {
-        let now = clock_gettime(ClockId::Monotonic);
-        let nanos = u64::try_from(now.tv_sec).unwrap() * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap();
-        let difference = SystemTime::now().duration_since(wall(nanos)).unwrap_or_default();
-        assert!(difference < Duration::from_secs(5), "{difference:?}");
+        let clock = Clock::now();
+        let nanos = u64::try_from(clock.monotonic.as_nanos()).unwrap();
+        assert_eq!(clock.wall(nanos), clock.wall);
+        let second = Duration::from_secs(1);
+        assert_eq!(clock.wall(nanos - 1_000_000_000), clock.wall - second);
+        assert_eq!(clock.wall(nanos + 1_000_000_000), clock.wall + second);
+        // What a forged time would make of it.
+        assert!(clock.wall(u64::MAX) >= clock.wall);
     }
 }

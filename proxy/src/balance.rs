@@ -1,7 +1,6 @@
 //! Least-request balancing by power of two choices, over the connections (or requests) active at each endpoint.
 
 use std::{
-    collections::HashMap,
     net::SocketAddr,
     sync::{
         Arc, Weak,
@@ -9,6 +8,7 @@ use std::{
     },
 };
 
+use foldhash::HashMap;
 use parking_lot::Mutex;
 use rand::Rng;
 

@@ -2,7 +2,6 @@
 //! number is capped, and those of Pods that are gone go away.
 
 use std::{
-    collections::{HashMap, HashSet},
     sync::{
         Arc,
         atomic::{AtomicI64, AtomicUsize, Ordering},
@@ -10,6 +9,7 @@ use std::{
     time::Duration,
 };
 
+use foldhash::{HashMap, HashSet};
 use parking_lot::Mutex;
 use prometheus_client::{
     encoding::EncodeLabelSet,

@@ -1,7 +1,8 @@
 //! The proxy: its Pods, and their accept loops.
 
-use std::{collections::HashMap, io, net::IpAddr, sync::Arc};
+use std::{io, net::IpAddr, sync::Arc};
 
+use foldhash::HashMap;
 use parking_lot::RwLock;
 use prometheus_client::registry::Registry;
 use tokio::sync::watch;

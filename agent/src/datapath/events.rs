@@ -203,6 +203,18 @@ enum Reading {
 
 struct Ring(RingBuf<MapData>);
 
+impl Ring {
+    fn read(&mut self) -> Option<KernelEvent> {
+        while let Some(item) = self.0.next() {
+            let event = KernelEvent::parse(&item);
+            if let Some(event) = event.filter(|event| !probe::dialled(event.destination.ip())) {
+                return Some(event);
+            }
+        }
+        None
+    }
+}
+
 impl std::fmt::Debug for Ring {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("Ring")
@@ -250,15 +262,17 @@ impl EventStream {
                 sleep_until(due).await;
                 self.state = Reading::Now;
             }
-            while let Some(item) = guard.get_inner_mut().0.next() {
-                let event = KernelEvent::parse(&item);
-                if let Some(event) = event.filter(|event| !probe::dialled(event.destination.ip())) {
-                    return Ok(event);
-                }
+            if let Some(event) = guard.get_inner_mut().read() {
+                return Ok(event);
             }
             guard.clear_ready();
             self.state = Reading::Done;
         }
+    }
+
+    /// A record that need not be waited for, after one that was.
+    pub fn another(&mut self) -> Option<KernelEvent> {
+        matches!(self.state, Reading::Now).then(|| self.ring.get_mut().read()).flatten()
     }
 }
 

@@ -5,6 +5,7 @@ use std::{
     io,
     os::fd::{AsFd, AsRawFd, BorrowedFd},
     path::{Path, PathBuf},
+    sync::OnceLock,
 };
 
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
@@ -69,14 +70,24 @@ impl NetNs {
     /// As [`Self::run`], on the calling thread and without the price of another one, for work that neither waits nor
     /// starts threads. The process ends where the thread cannot go back: it would serve others inside of a Pod.
     pub(super) fn pass<T>(&self, f: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
-        let _home = Home(File::open("/proc/thread-self/ns/net")?);
+        let _home = Home(home()?);
         move_into_link_name_space(self.as_fd(), Some(LinkNameSpaceType::Network))?;
         f()
     }
 }
 
+/// The namespace of the agent's threads, opened by the first one that needs it: all of them are in it.
+fn home() -> io::Result<&'static File> {
+    static HOME: OnceLock<File> = OnceLock::new();
+    if let Some(home) = HOME.get() {
+        return Ok(home);
+    }
+    let home = File::open("/proc/thread-self/ns/net")?;
+    Ok(HOME.get_or_init(|| home))
+}
+
 /// Where the calling thread returns to when this is dropped, also by a panic.
-struct Home(File);
+struct Home(&'static File);
 
 impl Drop for Home {
     fn drop(&mut self) {

@@ -1,12 +1,13 @@
 //! Joins what the kernel saw with what the proxy saw, by connection, and compares the identities of the two.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::VecDeque,
     net::SocketAddr,
     sync::{Arc, OnceLock},
     time::{Duration, Instant, SystemTime},
 };
 
+use foldhash::HashMap;
 use parking_lot::Mutex;
 use prometheus_client::{metrics::counter::Counter, registry::Registry};
 use tokio::{io::AsyncWrite, sync::watch};
@@ -164,11 +165,15 @@ impl Enricher {
         self.counters.mismatches.get()
     }
 
-    /// Takes an event of the kernel. A redirected connection waits for the proxy's record; the rest is a flow.
-    pub fn kernel(&self, flow: KernelFlow) {
+    /// Takes events of the kernel. A redirected connection waits for the proxy's record; the rest is a flow.
+    pub fn kernel(&self, flows: impl IntoIterator<Item = KernelFlow>) {
         let state = self.state.borrow().clone();
+        flows.into_iter().for_each(|flow| self.one(flow, &state));
+    }
+
+    fn one(&self, flow: KernelFlow, state: &MeshState) {
         if flow.verdict != KernelVerdict::Redirected || flow.connection == 0 {
-            self.keep(stored(&flow, &state), &state);
+            self.keep(stored(&flow, state), state);
             return;
         }
         let identity = state.workload_of(flow.source_subject).map(|w| w.identity.clone());
@@ -187,7 +192,7 @@ impl Enricher {
             }
         }
         if let Some((_, flow)) = late {
-            self.unjoined(&flow, &state);
+            self.unjoined(&flow, state);
         }
     }
 

@@ -129,7 +129,14 @@ impl FlowStore {
             ring.held += 1;
             ring.put(Entry::Flow(flow))
         };
-        self.shared.written.send_replace(written);
+        self.tell(written);
+    }
+
+    /// Wakes those who watch. Most of the time nobody does, and what is watched is only that it changes.
+    fn tell(&self, written: u64) {
+        if self.shared.written.receiver_count() > 0 {
+            self.shared.written.send_replace(written);
+        }
     }
 
     /// Notes that `count` events never came out of the kernel's ring.
@@ -142,7 +149,7 @@ impl FlowStore {
             ring.lost_kernel += count;
             ring.put(Entry::Lost { source: LossSource::Kernel, count, time })
         };
-        self.shared.written.send_replace(written);
+        self.tell(written);
     }
 
     /// Gives the ring another size; the newest entries stay.
@@ -192,7 +199,7 @@ impl FlowStore {
         (from..position).rev().filter_map(|at| Some((at, ring.get(at)?))).collect()
     }
 
-    /// Changes with every entry that is put in.
+    /// Changes with every entry that is put in after this call: what was put in before has to be read.
     pub fn watch(&self) -> watch::Receiver<u64> {
         self.shared.written.subscribe()
     }

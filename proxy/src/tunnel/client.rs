@@ -1,7 +1,6 @@
 //! The dialling end of tunnels: a pool of connections of one source Pod.
 
 use std::{
-    collections::HashMap,
     net::SocketAddr,
     pin::Pin,
     sync::{
@@ -11,6 +10,7 @@ use std::{
     time::{Instant, SystemTime},
 };
 
+use foldhash::HashMap;
 use http::{HeaderMap, StatusCode};
 use parking_lot::Mutex;
 use weft_core::{SpiffeId, WorkloadUid, flow::Reason};

@@ -8,7 +8,6 @@
 //! or where it shows another identity, they end as if there had been none.
 
 use std::{
-    collections::HashMap,
     hash::Hash,
     sync::{
         Arc, Weak,
@@ -17,6 +16,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use foldhash::HashMap;
 use parking_lot::Mutex;
 use tokio::sync::{Semaphore, SemaphorePermit};
 
@@ -99,7 +99,7 @@ impl<K> Default for Validities<K> {
 
 impl<K> Validities<K> {
     fn limited(limit: usize) -> Self {
-        Self { held: Mutex::new(Held { by_ends: HashMap::new(), sweep_at: SWEEP_FROM }), limit }
+        Self { held: Mutex::new(Held { by_ends: HashMap::default(), sweep_at: SWEEP_FROM }), limit }
     }
 }
 

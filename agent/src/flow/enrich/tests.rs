@@ -70,10 +70,10 @@ async fn the_configuration_decides_what_is_logged() {
 #[test]
 fn kernel_and_proxy_make_one_flow_in_either_order() {
     let e = enricher();
-    e.kernel(redirected(1, 300));
+    e.kernel([redirected(1, 300)]);
     e.record(of_source(1));
     e.record(of_source(2));
-    e.kernel(redirected(2, 300));
+    e.kernel([redirected(2, 300)]);
     e.expire(Instant::now() + JOIN_WAIT * 2);
     let flows = flows(&e);
     assert_eq!(flows.len(), 2);
@@ -86,7 +86,7 @@ fn kernel_and_proxy_make_one_flow_in_either_order() {
 fn differing_identities_are_counted_once_a_connection() {
     let e = enricher();
     // The kernel took the caller for web, the proxy for client.
-    e.kernel(redirected(1, 301));
+    e.kernel([redirected(1, 301)]);
     e.record(of_source(1));
     e.record(of_source(1));
     assert_eq!(e.mismatches(), 1);
@@ -111,13 +111,13 @@ fn differing_identities_close_the_connection_in_either_order() {
         let (mut wrong, mut right) = (register(1), register(2));
         let says = |kernel: bool| match kernel {
             // The kernel took the caller for web, the proxy for client.
-            true => e.kernel(redirected(1, 301)),
+            true => e.kernel([redirected(1, 301)]),
             false => e.record(of_source(1)),
         };
         says(kernel_first);
         assert_eq!(live.len(), 2, "one side alone says nothing");
         says(!kernel_first);
-        e.kernel(redirected(2, 300));
+        e.kernel([redirected(2, 300)]);
         e.record(of_source(2));
         assert_eq!((live.len(), e.mismatches()), (1, 1));
         let cx = &mut Context::from_waker(Waker::noop());
@@ -129,7 +129,7 @@ fn differing_identities_close_the_connection_in_either_order() {
 #[test]
 fn a_redirect_without_a_word_from_the_proxy_is_a_flow() {
     let e = enricher();
-    e.kernel(redirected(1, 300));
+    e.kernel([redirected(1, 300)]);
     e.expire(Instant::now());
     assert!(flows(&e).is_empty());
     e.expire(Instant::now() + JOIN_WAIT);
@@ -148,7 +148,7 @@ fn a_forged_address_never_takes_the_name_of_its_owner() {
         source: "10.1.2.1:1".parse().unwrap(),
         ..redirected(0, 300)
     };
-    e.kernel(forged);
+    e.kernel([forged]);
     let flows = flows(&e);
     let source = &flows[0].record.source;
     assert_eq!(source.identity.as_ref().unwrap().path(), "/ns/shop/sa/client");
@@ -173,7 +173,7 @@ fn names_are_completed_but_never_identities() {
 fn memory_is_bounded() {
     let e = enricher();
     for connection in 1..=(MAX_CONNECTIONS as u64 + 100) {
-        e.kernel(redirected(connection, 300));
+        e.kernel([redirected(connection, 300)]);
     }
     let join = e.join.lock();
     assert_eq!(join.seen.len(), MAX_CONNECTIONS);
