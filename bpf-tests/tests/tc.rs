@@ -16,7 +16,7 @@ use weft_bpf_tests::{
     test_run::{DROP, PASS, run},
 };
 use weft_ebpf_common::{
-    Pod, addr,
+    FlowSeen, Pod, Tuple, addr,
     codes::{event, info, map, outcome, pod, program, proto, reason, stat, subject, verdict},
 };
 
@@ -139,6 +139,33 @@ fn udp_follows_the_rows_and_replies_pass() {
     expect(&mut bpf, TO, PASS, |family| Packet::new(family.peer, family.own, udp(53, 4_000)));
     expect(&mut bpf, TO, DROP, |family| Packet::new(family.peer, family.own, udp(53, 4_001)));
     assert_eq!(Maps(&mut bpf).stat(stat::NON_TCP_DENIED).unwrap(), 6);
+}
+
+#[test]
+fn the_directions_of_a_flow_have_rights_of_their_own() {
+    let mut bpf = world(pod::PERMISSIVE, info::LOCAL | info::POLICED);
+    Maps(&mut bpf).describe_both(|family| family.own, OWN, info::LOCAL | info::POLICED).unwrap();
+    // Either end calls the other one, so that the row is read both ways round.
+    let calls = [(OWN, PEER, FROM, TO), (PEER, OWN, TO, FROM)];
+    for (port, (src, dst, there, back)) in (53..).zip(calls) {
+        let from_own = |way: &str, family: &Family, ours: u16, theirs: u16| match way == FROM {
+            true => Packet::new(family.own, family.peer, udp(ours, theirs)),
+            false => Packet::new(family.peer, family.own, udp(theirs, ours)),
+        };
+        let (ours, theirs) = if src == OWN { (4_000, port) } else { (port, 4_000) };
+        let packet = |way: &'static str| move |family: &Family| from_own(way, family, ours, theirs);
+        Maps(&mut bpf).row(src, dst, port, proto::UDP, verdict::ALLOW).unwrap();
+        Maps(&mut bpf).events().unwrap();
+        for _ in 0..3 {
+            expect(&mut bpf, there, PASS, packet(there));
+            expect(&mut bpf, back, PASS, packet(back));
+        }
+        assert_eq!(Maps(&mut bpf).events().unwrap().len(), FAMILIES.len(), "only the first is told of");
+        Maps(&mut bpf).row(src, dst, port, proto::UDP, verdict::DENY).unwrap();
+        expect(&mut bpf, there, DROP, packet(there));
+        expect(&mut bpf, back, PASS, packet(back));
+    }
+    assert_eq!(Maps(&mut bpf).rows::<Tuple, FlowSeen>(map::FLOWS).unwrap(), 2 * FAMILIES.len());
 }
 
 #[test]
