@@ -116,21 +116,8 @@ impl TrustBundle {
         if let Some(peer) = shown.as_ref().and_then(|shown| self.known.get(shown, now)) {
             return Ok(peer);
         }
-        let peer = self.check(leaf, intermediates, now, purpose.key_usage())?;
-        if let Some(shown) = shown {
-            self.known.put(shown, peer.clone());
-        }
-        Ok(peer)
-    }
-
-    fn check(
-        &self,
-        leaf: &CertificateDer<'_>,
-        intermediates: &[CertificateDer<'_>],
-        now: UnixTime,
-        usage: KeyUsage,
-    ) -> Result<SpiffeId, Error> {
         let algorithms = self.provider.signature_verification_algorithms.all;
+        let usage = purpose.key_usage();
         EndEntityCert::try_from(leaf)
             .and_then(|leaf| {
                 leaf.verify_for_usage(algorithms, &self.anchors, intermediates, now, usage, None, None)
@@ -138,11 +125,13 @@ impl TrustBundle {
             })
             .map_err(chain_error)?;
         let peer = peer_identity(std::slice::from_ref(leaf)).map_err(|error| refuse(error.into()))?;
-        if peer.trust_domain() == self.domain.as_str() {
-            Ok(peer)
-        } else {
-            Err(refuse(IdentityError::TrustDomain { peer, expected: self.domain.to_string() }))
+        if peer.trust_domain() != self.domain.as_str() {
+            return Err(refuse(IdentityError::TrustDomain { peer, expected: self.domain.to_string() }));
         }
+        if let Some(shown) = shown {
+            self.known.put(shown, peer.clone());
+        }
+        Ok(peer)
     }
 
     fn signature(
