@@ -136,7 +136,7 @@ fn maps_have_the_types_and_sizes_that_user_space_takes_them_for() {
         (map::CIDRS, LPM_TRIE, 20, size_of::<AddrInfo>()),
         (map::VIP_DENIED, HASH, size_of::<VipKey>(), 4),
         (map::POLICY, HASH, size_of::<PolicyKey>(), size_of::<PolicyVal>()),
-        (map::FLOWS, LRU_HASH, size_of::<Tuple>(), size_of::<FlowSeen>()),
+        (map::FLOW_PAIRS, LRU_HASH, size_of::<Tuple>(), size_of::<FlowSeen>()),
         (map::FRAGS, LRU_HASH, size_of::<FragKey>(), 8),
         (map::COUNTS, PERCPU_HASH, size_of::<CountKey>(), 8),
         (map::STATS, PERCPU_ARRAY, 4, 8),

@@ -165,7 +165,7 @@ fn the_directions_of_a_flow_have_rights_of_their_own() {
         expect(&mut bpf, there, DROP, packet(there));
         expect(&mut bpf, back, PASS, packet(back));
     }
-    assert_eq!(Maps(&mut bpf).rows::<Tuple, FlowSeen>(map::FLOWS).unwrap(), 2 * FAMILIES.len());
+    assert_eq!(Maps(&mut bpf).rows::<Tuple, FlowSeen>(map::FLOW_PAIRS).unwrap(), 2 * FAMILIES.len());
 }
 
 #[test]

@@ -25,8 +25,8 @@ pub mod map {
     pub const VIP_DENIED: &str = "VIP_DENIED";
     /// [`crate::PolicyKey`] to [`crate::PolicyVal`].
     pub const POLICY: &str = "POLICY";
-    /// [`crate::Tuple`] to the time (ns, monotonic clock) an allowed flow that is not TCP was last seen.
-    pub const FLOWS: &str = "FLOWS";
+    /// [`crate::Tuple`], lower end first, to [`crate::FlowSeen`]: allowed flows that are not TCP.
+    pub const FLOW_PAIRS: &str = "FLOW_PAIRS";
     /// [`crate::FragKey`] to the time (ns, monotonic clock) its first fragment passed.
     pub const FRAGS: &str = "FRAGS";
     /// [`crate::CountKey`] to a number per CPU.
@@ -48,7 +48,7 @@ pub mod map {
     /// Every map that is pinned, in the order they are created.
     pub const ALL: [&str; 21] = [
         PODS, VETHS, POD_ADDRS, SK_META, ORIG_DST, CLIENT_OF, LISTENERS, ADDRS, CIDRS, VIP_DENIED, POLICY,
-        FLOWS, FRAGS, COUNTS, STATS, CONFIG, EVENTS, KUBELETS, PROBES, FRONTS, CGROUPS,
+        FLOW_PAIRS, FRAGS, COUNTS, STATS, CONFIG, EVENTS, KUBELETS, PROBES, FRONTS, CGROUPS,
     ];
 }
 

@@ -102,10 +102,10 @@ shared! {
         netns: u64,
     }
 
-    /// One direction of a connection. Key of `ORIG_DST`, `CLIENT_OF`, `PROBES`; of `FLOWS` for both directions, as
+    /// One direction of a connection. Key of `ORIG_DST`, `CLIENT_OF`, `PROBES`; of `FLOW_PAIRS` for both directions, as
     /// [`Tuple::ordered`] puts it.
     Tuple = 48 {
-        /// Cookie of the network namespace; 0 in `FLOWS`.
+        /// Cookie of the network namespace; 0 in `FLOW_PAIRS`.
         netns: u64,
         /// Source address.
         src: Addr,
@@ -115,11 +115,11 @@ shared! {
         sport: u16,
         /// Destination port; for an ICMP echo reply the identifier.
         dport: u16,
-        /// IP protocol in `FLOWS` and `PROBES`, else 0.
+        /// IP protocol in `FLOW_PAIRS` and `PROBES`, else 0.
         proto: u32,
     }
 
-    /// When a flow that is not TCP was last seen (ns, coarse monotonic clock), 0 for never. Value of `FLOWS`.
+    /// When a flow that is not TCP was last seen (ns, coarse monotonic clock), 0 for never. Value of `FLOW_PAIRS`.
     FlowSeen = 16 {
         /// From its `src` to its `dst`, let pass by its own right, or by a reply to that.
         forth: u64,

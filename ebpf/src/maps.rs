@@ -62,9 +62,9 @@ pub(crate) static VIP_DENIED: HashMap<VipKey, u32, 262_144, GROW> = HashMap::new
 #[btf_map]
 pub(crate) static POLICY: HashMap<PolicyKey, PolicyVal, 1_048_576, GROW> = HashMap::new();
 
-/// Allowed flows that are not TCP.
+/// Allowed flows that are not TCP, a row for both directions.
 #[btf_map]
-pub(crate) static FLOWS: LruHashMap<Tuple, FlowSeen, 131_072> = LruHashMap::new();
+pub(crate) static FLOW_PAIRS: LruHashMap<Tuple, FlowSeen, 131_072> = LruHashMap::new();
 
 /// Datagrams whose first fragment passed.
 #[btf_map]

@@ -257,7 +257,7 @@ impl Maps {
             cidrs: Map::open(bpffs, map::CIDRS)?,
             vip_denied: Map::open(bpffs, map::VIP_DENIED)?,
             policy: Map::open(bpffs, map::POLICY)?,
-            flows: Map::open(bpffs, map::FLOWS)?,
+            flows: Map::open(bpffs, map::FLOW_PAIRS)?,
             counts: PerCpu::open(bpffs, map::COUNTS)?,
             stats: PerCpu::open(bpffs, map::STATS)?,
             config: Map::open(bpffs, map::CONFIG)?,

@@ -7,7 +7,7 @@ use weft_ebpf_common::{
     packet::Packet,
 };
 
-use crate::{events, maps::FLOWS};
+use crate::{events, maps::FLOW_PAIRS};
 
 /// A packet's flow, looked up once for all that is asked of it.
 pub(super) struct Flow {
@@ -26,7 +26,7 @@ impl Flow {
     pub(super) fn of(packet: &Packet) -> Self {
         let (key, back) = tuple(packet).ordered();
         let mut flow = Self { key, back, seen: None, now: events::coarse_now() };
-        flow.seen = FLOWS.get_ptr_mut(&flow.key);
+        flow.seen = FLOW_PAIRS.get_ptr_mut(&flow.key);
         flow
     }
 
@@ -58,11 +58,11 @@ impl Flow {
                 } else {
                     FlowSeen { forth: now, back: 0 }
                 };
-                if FLOWS.insert(&self.key, first, u64::from(BPF_NOEXIST)).is_ok() {
+                if FLOW_PAIRS.insert(&self.key, first, u64::from(BPF_NOEXIST)).is_ok() {
                     return true;
                 }
                 // The other direction's first packet may have come in between, on another CPU.
-                let Some(seen) = FLOWS.get_ptr_mut(&self.key) else {
+                let Some(seen) = FLOW_PAIRS.get_ptr_mut(&self.key) else {
                     events::count(stat::MAP_FULL);
                     return true;
                 };
