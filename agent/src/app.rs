@@ -2,6 +2,7 @@
 
 use std::{
     future::pending,
+    pin::{Pin, pin},
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -64,11 +65,35 @@ const FIRST_CONFIG: Duration = Duration::from_secs(60);
 /// How long tasks may take to end after the drain.
 const END: Duration = Duration::from_secs(2);
 
-/// Runs the agent until it is told to stop, replaced, or something vital ends.
+/// Why an agent's work is over.
+enum End {
+    /// It was told to stop.
+    Told,
+    /// Another agent took over.
+    Replaced,
+}
+
+/// Runs the agent until it is told to stop, or something vital ends.
+///
+/// Where another agent takes over, this one drains and then waits to be told: a process that ended by itself would be
+/// started again by the kubelet (`restartPolicy: Always`) before its Pod is deleted, and take the node back.
 ///
 /// # Errors
 /// When it cannot start, or ends for a reason that it should not have.
 pub async fn run(config: Config) -> Result<()> {
+    let mut stop = pin!(signal::shutdown());
+    match work(config, stop.as_mut()).await? {
+        End::Told => {}
+        End::Replaced => {
+            tracing::info!("replaced and drained: nothing is left to do but to wait for SIGTERM");
+            stop.await;
+        }
+    }
+    Ok(())
+}
+
+/// The agent's whole work; `stop` ends it.
+async fn work(config: Config, stop: Pin<&mut impl Future<Output = &'static str>>) -> Result<End> {
     config.check().map_err(|e| anyhow!(e))?;
     // Keys are in memory: no core file and no ptrace by others.
     set_dumpable_behavior(DumpableBehavior::NotDumpable).context("the process cannot be made undumpable")?;
@@ -278,13 +303,13 @@ pub async fn run(config: Config) -> Result<()> {
     });
 
     let outcome = tokio::select! {
-        signal = signal::shutdown() => {
+        signal = stop => {
             tracing::info!(signal, "stopping: pins stay, connections may end by themselves");
-            Ok(())
+            Ok(End::Told)
         }
         Ok(()) = replacement => {
             tracing::info!("replaced: connections may end by themselves");
-            Ok(())
+            Ok(End::Replaced)
         }
         end = tasks.ended() => Err(anyhow!("the task {} ended ({:?})", end.name, end.outcome)),
     };

@@ -50,7 +50,7 @@ impl Predecessor {
         Ok(Some(predecessor))
     }
 
-    /// Tells it that its Pods are served by us now; it drains and exits.
+    /// Tells it that its Pods are served by us now; it drains.
     ///
     /// # Errors
     /// When it does not answer.

@@ -108,7 +108,7 @@ impl Mesh {
             ask(&["-n", SYSTEM, "logs", "-l", &label, "--tail=25", "--prefix", "--ignore-errors"])
         };
         [
-            ask(&["get", "pods", "-A", "-o", "wide"]),
+            ask(&["get", "nodes,pods,endpointslices", "-A", "-o", "wide"]),
             ask(&["-n", SYSTEM, "get", "events", "--sort-by=.lastTimestamp"]),
             logs("weft-operator"),
             logs("weft-agent"),

@@ -102,7 +102,7 @@ fn no_connection_fails_while_an_agent_is_replaced() {
         })
         .unwrap();
         let mut old = lab.start_agent(node).unwrap().unwrap();
-        let status = old.wait(Duration::from_secs(30)).unwrap();
+        let status = old.end_replaced(Duration::from_secs(30)).unwrap();
         assert!(status.success(), "{node}'s old agent ended with {status}:\n{}", old.tail(20));
         let at: Vec<usize> = loads.iter().map(done).collect();
         lab.node_mut(node).unwrap().wait_ready(Duration::from_secs(20)).unwrap();

@@ -58,7 +58,7 @@ pub fn replace(tell: &mut Teller, lab: &mut Lab) -> Result<()> {
     let start = Instant::now();
     let mut old = lab.start_agent("node-b")?.context("node-b had no agent")?;
     let old_pid = old.pid();
-    let status = old.wait(Duration::from_secs(30))?;
+    let status = old.end_replaced(Duration::from_secs(30))?;
     let (gone, at) = (start.elapsed(), done(&load.output()));
     lab.node_mut("node-b")?.wait_ready(Duration::from_secs(20))?;
     let new_pid = lab.node("node-b")?.agent.as_ref().map_or(0, crate::lab::Process::pid);

@@ -10,13 +10,16 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
 
 use crate::{lab::machine::Bins, wait};
+
+/// What an agent says when it has nothing left to do.
+const DRAINED: &str = "replaced and drained";
 
 /// Where a process lives.
 #[derive(Debug, Clone)]
@@ -107,6 +110,22 @@ impl Process {
     /// Its output so far.
     pub fn output(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// An agent that another one took over from: waits until it has drained, and ends it with SIGTERM, as Kubernetes
+    /// does.
+    ///
+    /// # Errors
+    /// When it does not drain within `limit`, ends before it is told to, or does not end then.
+    pub fn end_replaced(&mut self, limit: Duration) -> Result<ExitStatus> {
+        wait::until(limit, &format!("the drain of {}", self.name), || {
+            let output = self.output();
+            ensure!(output.contains(DRAINED), "{} still serves:\n{}", self.name, self.tail(5));
+            Ok(())
+        })?;
+        self.check()?;
+        self.signal(Signal::SIGTERM)?;
+        self.wait(limit)
     }
 
     /// Ends it: SIGTERM, and SIGKILL after `grace`.
