@@ -23,6 +23,7 @@ mod frame;
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;
 mod hpack;
+mod pace;
 mod reader;
 mod received;
 mod stream;
@@ -74,6 +75,11 @@ impl Opener {
     /// Streams that the peer allows at a time.
     pub fn most_streams(&self) -> usize {
         self.0.with(|core| core.most_streams())
+    }
+
+    /// Whether a stream moves, or moved a moment ago, so much that it delays what else goes over this connection.
+    pub fn carries_bulk(&self) -> bool {
+        self.0.with(|core| core.carries_bulk(Instant::now()))
     }
 
     /// Sends a CONNECT to `authority`.
@@ -171,7 +177,7 @@ impl Requests {
     }
 }
 
-/// Asks the peer for signs of life, and says goodbye.
+/// Asks the peer for signs of life, says goodbye, and notices bulk.
 #[derive(Debug, Clone)]
 pub struct Control(Shared);
 
@@ -183,6 +189,11 @@ impl Control {
     pub async fn ping(&self) -> Result<(), Lost> {
         let ping = self.0.with(Core::ping);
         std::future::poll_fn(|cx| -> Poll<_> { self.0.with(|core| core.poll_pong(ping, cx)) }).await
+    }
+
+    /// Waits until a stream carries bulk; see [`Opener::carries_bulk`].
+    pub async fn bulk(&self) {
+        std::future::poll_fn(|cx| self.0.with(|core| core.poll_bulk(cx))).await;
     }
 
     /// Takes no more streams; the connection ends once all are over.

@@ -18,6 +18,7 @@ use super::{
     flood::Flood,
     frame::{self, Code, setting},
     hpack::{self, Decoder},
+    pace::{self, Pace},
     reader::Reader,
     received::Received,
     window::Window,
@@ -148,6 +149,7 @@ struct Stream {
     held: bool,
     /// It is among those that wait.
     waits: bool,
+    pace: Pace,
 }
 
 /// A header list of a request or response, checked for its form.
@@ -223,6 +225,13 @@ pub(super) struct Core {
     pinger: Option<Waker>,
     pub(super) over: Option<Error>,
     now: Instant,
+    begun: Instant,
+    /// Milliseconds from then to now.
+    clock: u32,
+    /// When a stream carried bulk last, by that clock.
+    bulk: Option<u32>,
+    /// Who waits for that.
+    watcher: Option<Waker>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -287,6 +296,10 @@ impl Core {
             pinger: None,
             over: None,
             now,
+            begun: now,
+            clock: 0,
+            bulk: None,
+            watcher: None,
         }
     }
 
@@ -295,6 +308,7 @@ impl Core {
     /// Time, for the budgets; read once a turn.
     pub(super) fn set_now(&mut self, now: Instant) {
         self.now = now;
+        self.clock = self.clock(now);
     }
 
     /// Ends what is lent of the buffer that the socket was read into: whoever could write had a turn for it.
@@ -401,7 +415,24 @@ impl Core {
             sent: 0,
             held: false,
             waits: false,
+            pace: Pace::default(),
         }
+    }
+
+    /// Milliseconds since the beginning; they wrap after 49 days, which [`pace`] knows.
+    fn clock(&self, now: Instant) -> u32 {
+        now.saturating_duration_since(self.begun).as_millis() as u32
+    }
+
+    /// A stream moves so much that the others notice.
+    fn saw_bulk(&mut self) {
+        self.bulk = Some(self.clock);
+        self.woken.extend(self.watcher.take());
+    }
+
+    /// Whether one does, or did a moment ago.
+    pub(super) fn carries_bulk(&self, now: Instant) -> bool {
+        self.bulk.is_some_and(|at| pace::lasts(at, self.clock(now)))
     }
 }
 

@@ -67,6 +67,32 @@ async fn stalled_streams_do_not_hold_up_others() {
     assert_eq!(tunnels, 1, "they share one connection");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn who_comes_beside_bulk_has_another_tunnel() {
+    let mesh = Mesh::new();
+    let (a, b) = (mesh.node("node-a"), mesh.node("node-b"));
+    let (client, web) = (mesh.pod(&a, "client"), mesh.pod(&b, "web"));
+    let app = web.echo().await;
+    let mut bulk = client.dial(app).await;
+    let pod = a.proxy.shared().pod(&client.uid).expect("the Pod");
+    let much = vec![1; 1024 * 1024];
+    soon("a tunnel without bulk", async {
+        while pod.pool().connections() < 2 {
+            ping(&mut bulk, &much).await.expect("an echo");
+        }
+    })
+    .await;
+    let mut streams = Vec::new();
+    for _ in 0..3 {
+        let mut stream = client.dial(app).await;
+        soon("an echo", ping(&mut stream, b"a request")).await.expect("an echo");
+        streams.push(stream);
+    }
+    let mut shared = pod.pool().streams();
+    shared.sort_unstable();
+    assert_eq!(shared, [1, 3]);
+}
+
 #[tokio::test]
 async fn drain_lets_connections_end_and_takes_no_more() {
     let mesh = Mesh::new();

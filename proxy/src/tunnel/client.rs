@@ -131,6 +131,14 @@ impl Pool {
         Err(ConnectError::new(Reason::ConnectFailure, text))
     }
 
+    /// Streams of each open connection.
+    #[cfg(test)]
+    pub(crate) fn streams(&self) -> Vec<usize> {
+        let slots = self.0.slots.lock();
+        let connections = slots.values().flat_map(|slot| slot.connections.lock().clone());
+        connections.map(|tunnel| tunnel.streams.load(Ordering::Acquire)).collect()
+    }
+
     /// Connections that are open towards all destinations.
     pub fn connections(&self) -> usize {
         self.0.slots.lock().values().map(|s| s.connections.lock().len()).sum()
@@ -186,6 +194,20 @@ impl Inner {
             let slot = self.slot(&key, &credentials);
             let Ok(_permit) = slot.dialling.acquire().await else { return Ok(()) };
             self.dial(&key, &slot, &credentials).await.map(drop)
+        })
+    }
+
+    /// Makes a further connection where bulk goes over all there are. It stays in the pool for whoever comes next.
+    fn spare(self: Arc<Self>, key: Key) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+        Box::pin(async move {
+            let Some(credentials) = self.credentials.current(&key.identity) else { return };
+            let slot = self.slot(&key, &credentials);
+            let Ok(_permit) = slot.dialling.acquire().await else { return };
+            if slot.crowded()
+                && let Err(error) = self.dial(&key, &slot, &credentials).await
+            {
+                tracing::debug!(peer = %key.expected, %error, "streams share their tunnel with bulk");
+            }
         })
     }
 

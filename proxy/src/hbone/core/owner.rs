@@ -4,6 +4,7 @@ use std::{
     io::{self, IoSlice},
     net::SocketAddr,
     task::{Context, Poll, ready},
+    time::Instant,
 };
 
 use bytes::{BufMut as _, buf::Limit};
@@ -109,7 +110,7 @@ impl Core {
         cx: &mut Context<'_>,
         take: impl FnOnce(&mut Context<'_>, &[IoSlice<'_>]) -> Poll<io::Result<usize>>,
     ) -> Poll<Result<usize, Failed>> {
-        let now = self.now;
+        let (now, clock) = (self.now, self.clock);
         let Some(stream) = self.streams.get_mut(&id) else {
             return Poll::Ready(Err(Failed::Reader(Lost::Connection.into())));
         };
@@ -119,11 +120,15 @@ impl Core {
             let n = ready!(take(cx, &parts[..count])).map_err(Failed::Writer)?;
             stream.received.advance(n);
             let drained = stream.received.is_empty();
+            let bulk = stream.pace.add(n, clock);
             // On delivery: a reader that stalls stalls its own stream.
             let increment = if stream.ended { None } else { stream.window.deliver(n as u32, drained, now) };
             if let Some(increment) = increment {
                 frame::window(&mut self.out, id, increment);
                 self.wake_driver();
+            }
+            if bulk {
+                self.saw_bulk();
             }
             return Poll::Ready(Ok(n));
         }
@@ -176,6 +181,9 @@ impl Core {
             stream.credit -= bytes as i64;
             stream.sent = self.turn;
             stream.held = false;
+            if stream.pace.add(bytes, self.clock) {
+                self.saw_bulk();
+            }
         }
         self.flood.sent();
         self.wake_driver();
@@ -301,6 +309,15 @@ impl Core {
             return Poll::Ready(Ok(()));
         }
         self.pinger = Some(cx.waker().clone());
+        Poll::Pending
+    }
+
+    /// Whether a stream carries bulk.
+    pub(in crate::hbone) fn poll_bulk(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if self.carries_bulk(Instant::now()) {
+            return Poll::Ready(());
+        }
+        self.watcher = Some(cx.waker().clone());
         Poll::Pending
     }
 

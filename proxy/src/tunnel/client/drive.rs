@@ -18,6 +18,8 @@ use crate::hbone::{Connection, Control};
 const GOODBYE: Duration = Duration::from_secs(5);
 /// Least time between two attempts to prove the ends anew.
 const BACK_OFF: Duration = Duration::from_millis(100);
+/// Between two looks for a connection without bulk.
+const SPARE: Duration = Duration::from_secs(1);
 
 /// What drives a connection, beside itself.
 pub(super) struct Driver {
@@ -52,6 +54,7 @@ impl Driver {
         // In TLS 1.3 the dialling end is done before the other one has looked at its certificate. Its first answer
         // shows that it took us.
         let validity = proof.theirs.0.clone();
+        let mut spare = std::pin::pin!(spare(control.clone(), &pool, &key));
         let mut alive = std::pin::pin!(keep_alive(control, times, move || proof.extend()));
         let mut idle = std::pin::pin!(idle(tunnel.clone(), slot.clone(), times.idle));
         let mut attest = std::pin::pin!(async {
@@ -73,6 +76,7 @@ impl Driver {
                 let _ = tokio::time::timeout(PARTING, &mut connection).await;
             }
             () = &mut attest => {}
+            () = &mut spare => {}
             () = &mut idle => {
                 if let Some(slot) = slot.upgrade() {
                     slot.forget(&tunnel);
@@ -122,6 +126,17 @@ async fn attest(pool: &Weak<Inner>, key: &Key, tunnel: &Weak<Tunnel>) {
             }
         }
         due = self::due(ends, 0.4..0.6);
+    }
+}
+
+/// Has a connection without bulk at hand for as long as this one carries some. Never ends.
+async fn spare(control: Control, pool: &Weak<Inner>, key: &Key) {
+    loop {
+        control.bulk().await;
+        if let Some(pool) = pool.upgrade() {
+            pool.spare(key.clone()).await;
+        }
+        tokio::time::sleep(SPARE).await;
     }
 }
 

@@ -37,7 +37,17 @@ impl Tunnel {
     pub(super) fn ends(&self) -> SystemTime {
         self.session.validity.until().min(self.ours.until())
     }
+
+    /// Whether it takes another stream.
+    fn free(&self, now: Instant) -> bool {
+        !self.closed.load(Ordering::Acquire)
+            && now < self.retires
+            && self.streams.load(Ordering::Acquire) < self.opener.most_streams().min(MAX_STREAMS as usize)
+    }
 }
+
+/// Connections from which on a further one is made only when they are full, and not because of bulk on all of them.
+const APART: usize = 4;
 
 /// One stream's place on a connection.
 pub(super) struct Place(pub(super) Arc<Tunnel>);
@@ -60,17 +70,23 @@ impl Slot {
         Self { connections: Mutex::new(Vec::new()), dialling: Semaphore::new(1), failed: Mutex::new(None) }
     }
 
-    /// A place on an open connection, the fullest first, so that spare ones become idle.
+    /// A place on an open connection: on one without bulk where there is one, and the fullest first, so that spare
+    /// ones become idle.
     pub(super) fn reserve(&self) -> Option<Place> {
         let now = Instant::now();
         let connections = self.connections.lock();
-        connections.iter().find_map(|tunnel| {
-            let limit = tunnel.opener.most_streams().min(MAX_STREAMS as usize);
-            let free = !tunnel.closed.load(Ordering::Acquire)
-                && now < tunnel.retires
-                && tunnel.streams.load(Ordering::Acquire) < limit;
-            free.then(|| Place::take(tunnel))
-        })
+        let mut free = connections.iter().filter(|tunnel| tunnel.free(now));
+        let first = free.next()?;
+        let quiet = std::iter::once(first).chain(free).find(|tunnel| !tunnel.opener.carries_bulk());
+        Some(Place::take(quiet.unwrap_or(first)))
+    }
+
+    /// Whether whoever comes now has to share a connection with bulk, though there are few.
+    pub(super) fn crowded(&self) -> bool {
+        let now = Instant::now();
+        let connections = self.connections.lock();
+        (1..APART).contains(&connections.len())
+            && connections.iter().all(|tunnel| !tunnel.free(now) || tunnel.opener.carries_bulk())
     }
 
     pub(super) fn forget(&self, tunnel: &Weak<Tunnel>) {
