@@ -47,26 +47,26 @@ pub fn begin(connection: u64, reporter: Reporter, source: Peer, destination: Pee
 }
 
 /// The record of a request on a connection.
-pub fn request(connection: &FlowRecord, end: &RequestEnd, settings: Option<&MeshConfig>) -> FlowRecord {
+pub fn request(connection: FlowRecord, end: RequestEnd, settings: Option<&MeshConfig>) -> FlowRecord {
     let queries = settings.is_some_and(|s| s.telemetry.query_strings) && !end.query.is_empty();
-    let query = if queries { format!("?{}", end.query) } else { String::new() };
+    let query = if queries { ["?", &end.query] } else { [""; 2] };
     FlowRecord {
         time: end.started,
         verdict: end.verdict,
         reason: end.reason,
-        policy: end.policy.clone(),
+        policy: end.policy,
         http: Some(HttpFlow {
-            method: end.method.clone(),
-            url: format!("http://{}{}{query}", end.host, end.path),
+            method: end.method,
+            url: ["http://", &end.host, &end.path, query[0], query[1]].concat(),
             protocol: end.protocol,
             status: end.status,
-            headers: end.headers.clone(),
+            headers: end.headers,
         }),
         sent: end.sent,
         received: end.received,
         duration: end.latency,
         opening: false,
-        ..connection.clone()
+        ..connection
     }
 }
 

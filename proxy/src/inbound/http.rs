@@ -115,6 +115,6 @@ impl InboundHandler for HttpInbound {
         if end.verdict == Verdict::Denied {
             self.pair.failed(end.reason);
         }
-        self.shared.flows.record(record::request(&self.record, &end, self.settings().as_deref()));
+        self.shared.flows.record(record::request(self.record.clone(), end, self.settings().as_deref()));
     }
 }

@@ -143,6 +143,6 @@ impl OutboundHandler for HttpOutbound {
         pair.request(end.status, end.verdict, end.latency);
         pair.sent.inc_by(end.sent);
         pair.received.inc_by(end.received);
-        self.dialler.shared.flows.record(record::request(&connection, &end, self.settings().as_deref()));
+        self.dialler.shared.flows.record(record::request(connection, end, self.settings().as_deref()));
     }
 }

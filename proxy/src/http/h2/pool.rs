@@ -43,7 +43,6 @@ pub(crate) struct Pool<S> {
     next_id: AtomicU64,
 }
 
-#[derive(Clone)]
 struct Entry {
     id: u64,
     target: Option<Target>,
@@ -61,21 +60,21 @@ impl<S: Service> Pool<S> {
     /// A sender that takes a request now; opens a connection where there is none that lives.
     pub(crate) async fn sender(&self, target: Option<&Target>) -> Result<SendRequest<Bytes>, ConnectError> {
         for _ in 0..2 {
-            let entry = self.entry(target);
-            let opened = match entry.connecting.await {
+            let (id, connecting) = self.entry(target);
+            let opened = match connecting.await {
                 Ok(opened) => opened,
                 Err(error) => {
-                    self.forget(entry.id);
+                    self.forget(id);
                     return Err(error);
                 }
             };
             if opened.retires.is_some_and(|at| at <= Instant::now()) {
-                self.forget(entry.id);
+                self.forget(id);
                 continue;
             }
             match opened.sender.ready().await {
                 Ok(sender) => return Ok(sender),
-                Err(_) => self.forget(entry.id),
+                Err(_) => self.forget(id),
             }
         }
         Err(ConnectError::new(Reason::PeerReset, "the upstream closes its connections at once"))
@@ -85,22 +84,20 @@ impl<S: Service> Pool<S> {
         self.entries.lock().retain(|entry| entry.id != id);
     }
 
-    fn entry(&self, target: Option<&Target>) -> Entry {
+    /// The number of the connection to a target, and how it comes about.
+    fn entry(&self, target: Option<&Target>) -> (u64, Connecting) {
         let mut entries = self.entries.lock();
         if let Some(entry) = entries.iter().find(|entry| entry.target.as_ref() == target) {
-            return entry.clone();
+            return (entry.id, entry.connecting.clone());
         }
         if entries.len() >= MAX_CONNECTIONS {
             entries.remove(0);
         }
         let (service, drivers, target) = (self.service.clone(), self.drivers.clone(), target.cloned());
-        let entry = Entry {
-            id: self.next_id.fetch_add(1, Ordering::Relaxed),
-            target: target.clone(),
-            connecting: open(service, drivers, target).boxed().shared(),
-        };
-        entries.push(entry.clone());
-        entry
+        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+        let connecting = open(service, drivers, target.clone()).boxed().shared();
+        entries.push(Entry { id, target, connecting: connecting.clone() });
+        (id, connecting)
     }
 }
 
