@@ -81,15 +81,24 @@ pub(crate) fn run(args: &ProxyArgs, say: &dyn Fn(&str)) -> Result<usize> {
         let mut round = Round::new();
         for subject in &subjects {
             say(&format!("round {index} of {rounds}: {}", subject.name()));
-            let ground = grounds.of(*subject)?;
             if subject.is_weft() {
-                ground.restart()?;
+                grounds.meshed()?.restart()?;
             }
-            let running = Running::start(*subject, ground, &parts, &certificates)?;
-            for load in loads.iter().filter(|load| load.wanted(*subject)) {
-                let sample = load::measure(*load, &running, seconds)?;
-                round.entry(*subject).or_default().insert(*load, sample);
-                weft_tests::interrupt::check()?;
+            let start = |subject| Running::start(subject, grounds.of(subject)?, &parts, &certificates);
+            let running = start(*subject)?;
+            let pair = Subject::NEAR.iter().all(|one| subjects.contains(one));
+            let direct = if pair && *subject == Subject::Weft { Some(start(Subject::Direct)?) } else { None };
+            let later = |load: &Load| pair && *subject == Subject::Direct && load.is_near();
+            for load in loads.iter().filter(|load| load.wanted(*subject) && !later(load)) {
+                let mut measure = |running: &Running<'_>| -> Result<()> {
+                    let sample = load::measure(*load, running, seconds)?;
+                    round.entry(running.subject).or_default().insert(*load, sample);
+                    weft_tests::interrupt::check()
+                };
+                if let Some(direct) = direct.as_ref().filter(|_| load.is_near()) {
+                    measure(direct)?;
+                }
+                measure(&running)?;
             }
             running.stop()?;
         }
@@ -146,9 +155,13 @@ impl Grounds {
         Ok(Self { bare: raise(false)?, meshed: raise(true)? })
     }
 
-    fn of(&mut self, subject: Subject) -> Result<&mut Ground> {
-        let ground = if subject.is_weft() { &mut self.meshed } else { &mut self.bare };
-        ground.as_mut().context("these nodes were not raised")
+    fn of(&self, subject: Subject) -> Result<&Ground> {
+        let ground = if subject.is_weft() { &self.meshed } else { &self.bare };
+        ground.as_ref().context("these nodes were not raised")
+    }
+
+    fn meshed(&mut self) -> Result<&mut Ground> {
+        self.meshed.as_mut().context("these nodes were not raised")
     }
 }
 

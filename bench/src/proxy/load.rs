@@ -100,6 +100,11 @@ impl Load {
         Self::Stalled200,
     ];
 
+    /// Whether client and server are on one node.
+    pub(crate) fn is_near(self) -> bool {
+        matches!(self, Self::NearH1 | Self::NearRate | Self::NearBulk | Self::NearConnect)
+    }
+
     /// Whether a row of the table needs it of that subject.
     pub(crate) fn wanted(self, subject: Subject) -> bool {
         match self {
@@ -112,7 +117,7 @@ impl Load {
             Self::Tunnel => matches!(subject, Subject::Weft | Subject::EnvoyL4(_)),
             Self::Lookup => subject == Subject::Weft,
             Self::NearH1 | Self::NearRate | Self::NearBulk | Self::NearConnect => {
-                matches!(subject, Subject::Weft | Subject::Direct)
+                Subject::NEAR.contains(&subject)
             }
             Self::Idle => matches!(subject, Subject::Weft | Subject::EnvoyHbone(_) | Subject::HaproxyL4),
             Self::Bulk1 | Self::Bulk8 | Self::Rate | Self::Mixed | Self::Connect => !subject.is_l7(),

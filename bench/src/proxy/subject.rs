@@ -68,6 +68,10 @@ impl Subject {
         Self::WeftL7,
     ];
 
+    /// Those that are measured on one node, one right after the other: a few percent are looked for there, and the
+    /// machine's speed changes by more from one minute to the next.
+    pub(crate) const NEAR: [Self; 2] = [Self::Direct, Self::Weft];
+
     /// Its column's name.
     pub(crate) fn name(self) -> &'static str {
         match self {
