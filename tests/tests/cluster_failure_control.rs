@@ -272,8 +272,8 @@ fn what_fails_around_a_node_is_told_and_leaves_connections_alone() -> Result<()>
     let shop = Shop::open()?;
     let mut steps = Steps::default();
     steps.step("every operator is gone", || operators_gone(&shop));
-    // Before the API server goes: its controllers take every node for lost when it is back, and a kubelet that ends in the
-    // middle of that leaves Pods that count as ready for ever.
+    // Before the API server goes: its controllers take every node for lost when it is back, and a kubelet that ends in
+    // the middle of that leaves Pods that count as ready for ever.
     let mut inner = Steps::default();
     steps.step("a node is not ready", || node_not_ready(&shop, &mut inner));
     steps.step("the API server is gone", || api_server_gone(&shop));
