@@ -13,7 +13,10 @@ use anyhow::{Context as _, Result};
 use clap::Subcommand;
 use nix::{
     sched::{CloneFlags, setns},
-    sys::resource::{Resource, getrlimit, setrlimit},
+    sys::{
+        resource::{Resource, getrlimit, setrlimit},
+        signal::SigSet,
+    },
 };
 use serde_json::Value;
 
@@ -129,6 +132,8 @@ fn enter(netns: &Path, cgroup: &Path, command: &[OsString]) -> anyhow::Error {
         setns(file, CloneFlags::CLONE_NEWNET).with_context(|| format!("enter {}", netns.display()))?;
         let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
         setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
+        // Who started us may take signals itself, with those blocked that the program is to end by.
+        SigSet::empty().thread_set_mask()?;
         Ok(())
     };
     if let Err(error) = moved() {
