@@ -112,17 +112,25 @@ impl Process {
         fs::read_to_string(&self.log).unwrap_or_default()
     }
 
-    /// An agent that another one took over from: waits until it has drained, and ends it with SIGTERM, as Kubernetes
-    /// does.
+    /// Waits until an agent that another one took over from has drained.
     ///
     /// # Errors
-    /// When it does not drain within `limit`, ends before it is told to, or does not end then.
-    pub fn end_replaced(&mut self, limit: Duration) -> Result<ExitStatus> {
+    /// When it has not within `limit`.
+    pub fn drained(&self, limit: Duration) -> Result<()> {
         wait::until(limit, &format!("the drain of {}", self.name), || {
             let output = self.output();
             ensure!(output.contains(DRAINED), "{} still serves:\n{}", self.name, self.tail(5));
             Ok(())
-        })?;
+        })
+        .map(drop)
+    }
+
+    /// Ends an agent that another one took over from with SIGTERM, as Kubernetes does, once it has drained.
+    ///
+    /// # Errors
+    /// When it does not drain within `limit`, ends before it is told to, or does not end then.
+    pub fn end_replaced(&mut self, limit: Duration) -> Result<ExitStatus> {
+        self.drained(limit)?;
         self.check()?;
         self.signal(Signal::SIGTERM)?;
         self.wait(limit)
