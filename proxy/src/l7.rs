@@ -120,8 +120,8 @@ pub struct Target {
 
 impl PartialEq for Target {
     fn eq(&self, other: &Self) -> bool {
-        let uid = |t: &Self| t.workload.as_ref().map(|w| w.uid.clone());
-        self.address == other.address && uid(self) == uid(other)
+        let uids = [self, other].map(|target| target.workload.as_ref().map(|workload| &workload.uid));
+        self.address == other.address && uids[0] == uids[1]
     }
 }
 

@@ -55,13 +55,18 @@ pub struct Upstream {
     way: Way,
     /// How it is protected.
     pub tls: Tls,
-    _open: OpenConnection,
+    open: OpenConnection,
 }
 
 impl Upstream {
     /// Counts it in `pair`.
     pub fn new(way: Way, tls: Tls, pair: Arc<Pair>) -> Self {
-        Self { way, tls, _open: OpenConnection::new(pair) }
+        Self { way, tls, open: OpenConnection::new(pair) }
+    }
+
+    /// Where it is counted.
+    pub fn pair(&self) -> &Arc<Pair> {
+        &self.open.0
     }
 
     /// Until when the peer that a tunnel leads to is proven; the tunnel ends then.

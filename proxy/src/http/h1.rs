@@ -128,7 +128,7 @@ async fn request<S: Service, I: Io>(
     record: &mut Record<S>,
 ) -> bool {
     // Before it is judged, so that no change is missed.
-    let changes = context.service.changes();
+    let mut changes = context.service.changes();
     let decided = head.ask(|request| {
         record.request(request);
         context.service.decide(request)
@@ -148,7 +148,7 @@ async fn request<S: Service, I: Io>(
         () = tally.stalled(context.limits) => timed_out(&tally),
         // What an upgrade leads to is no longer a request with an answer.
         () = within(decision.timeout), if head.upgrade.is_none() => timed_out(&tally),
-        () = revoked(changes, || head.ask(|request| context.service.still_allows(request))) => Ended::Revoked,
+        () = revoked(changes.as_mut(), || head.ask(|request| context.service.still_allows(request))) => Ended::Revoked,
     };
     match ended {
         Ended::Next => true,

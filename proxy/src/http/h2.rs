@@ -1,5 +1,6 @@
 //! HTTP/2: every stream of a connection is judged and routed on its own.
 
+mod gather;
 mod pool;
 pub(super) mod pump;
 mod request;
@@ -7,18 +8,21 @@ mod stream;
 mod watch;
 
 use std::{
-    collections::{HashSet, VecDeque},
+    collections::VecDeque,
+    future::{Future as _, poll_fn},
+    pin::pin,
     sync::Arc,
     time::Duration,
 };
 
 use bytes::Bytes;
+use foldhash::HashSet;
 use futures_util::{FutureExt as _, StreamExt as _, stream::FuturesUnordered};
 use tokio::time::Instant;
 use weft_core::flow::Reason;
 use weft_runtime::drain::DrainWatcher;
 
-use self::{pool::Pool, stream::Outcome, watch::Watch};
+use self::{gather::Gather, pool::Pool, stream::Outcome, watch::Watch};
 use super::{Limits, record::Record, service::Service};
 use crate::l7::Io;
 
@@ -44,9 +48,12 @@ pub(crate) async fn serve<S: Service, I: Io>(io: I, service: &Arc<S>, limits: &L
         .max_send_buffer_size(SEND_BUFFER)
         .max_header_list_size(HEADER_LIST)
         .max_concurrent_streams(limits.max_streams);
-    let (io, mut refused) = Watch::new(io);
+    let io = Gather::new(io);
+    let (watched, mut refused) = Watch::new(io.clone());
     let failed = |reason| Record::new(service.clone(), stream::PROTOCOL).failed(reason);
-    let mut conn = match tokio::time::timeout(limits.head_timeout, builder.handshake::<_, Bytes>(io)).await {
+    let mut handshake = pin!(builder.handshake::<_, Bytes>(watched));
+    let handshake = poll_fn(|cx| io.turn(cx, |cx| handshake.as_mut().poll(cx)));
+    let mut conn = match tokio::time::timeout(limits.head_timeout, handshake).await {
         Ok(Ok(conn)) => conn,
         Ok(Err(_)) => return failed(Reason::ProtocolError),
         Err(_) => return failed(Reason::Timeout),
@@ -58,19 +65,25 @@ pub(crate) async fn serve<S: Service, I: Io>(io: I, service: &Arc<S>, limits: &L
     let mut resets = Resets { since: Instant::now(), count: 0 };
     let mut known = Known::default();
     let mut closing = false;
-    let mut quiet_since = Instant::now();
+    let mut draining = pin!(drain.draining());
+    let patience = |closing| if closing { limits.head_timeout } else { limits.idle_timeout };
+    // Looked at while there is no stream.
+    let mut quiet = pin!(tokio::time::sleep(limits.idle_timeout));
     'serving: loop {
-        let idle_end = quiet_since + limits.idle_timeout;
         tokio::select! {
             // Many in a turn: what all of them have to say goes out in one write.
-            mut accepted = conn.accept() => for left in (0..MAX_TURN).rev() {
+            mut accepted = poll_fn(|cx| io.turn(cx, |cx| conn.poll_accept(cx))) => for left in (0..MAX_TURN).rev() {
                 match accepted {
                     Some(Ok((request, respond))) => {
                         let id = respond.stream_id().as_u32();
                         known.live.insert(id);
-                        // Boxed where it is made: it is large, and would be moved again and again.
-                        let serve = stream::serve(service.clone(), pool.clone(), limits, request, respond);
-                        streams.push(Box::pin(serve).map(move |outcome| (id, outcome)));
+                        match stream::serve(service, &pool, limits, request, respond) {
+                            Some(serve) => streams.push(serve.map(move |outcome| (id, outcome))),
+                            None => {
+                                known.ended(id);
+                                quiet.as_mut().reset(Instant::now() + patience(closing));
+                            }
+                        }
                     }
                     // So broken that it is over. What was under way tells of its own end.
                     Some(Err(error)) => {
@@ -81,7 +94,8 @@ pub(crate) async fn serve<S: Service, I: Io>(io: I, service: &Arc<S>, limits: &L
                     }
                     None => break 'serving,
                 }
-                match (left > 0).then(|| conn.accept().now_or_never()).flatten() {
+                let next = poll_fn(|cx| io.turn(cx, |cx| conn.poll_accept(cx)));
+                match (left > 0).then(|| next.now_or_never()).flatten() {
                     Some(next) => accepted = next,
                     None => break,
                 }
@@ -93,7 +107,7 @@ pub(crate) async fn serve<S: Service, I: Io>(io: I, service: &Arc<S>, limits: &L
                 }
             },
             Some(ended) = streams.next(), if !streams.is_empty() => {
-                quiet_since = Instant::now();
+                quiet.as_mut().reset(Instant::now() + patience(closing));
                 let mut ended = Some(ended);
                 while let Some((id, outcome)) = ended {
                     known.ended(id);
@@ -106,20 +120,24 @@ pub(crate) async fn serve<S: Service, I: Io>(io: I, service: &Arc<S>, limits: &L
             }
             Some(driver) = opened.recv() => drivers.push(driver),
             Some(()) = drivers.next(), if !drivers.is_empty() => {}
-            () = drain.draining(), if !closing => {
+            () = &mut draining, if !closing => {
                 closing = true;
+                quiet.as_mut().reset(Instant::now() + patience(closing));
                 conn.graceful_shutdown();
             }
-            () = tokio::time::sleep_until(idle_end), if streams.is_empty() && !closing => {
+            () = &mut quiet, if streams.is_empty() => {
+                // A peer that was told to go and does not.
+                if closing {
+                    break;
+                }
                 closing = true;
+                quiet.as_mut().reset(Instant::now() + patience(closing));
                 conn.graceful_shutdown();
             }
-            // A peer that was told to go and does not.
-            () = tokio::time::sleep(limits.head_timeout), if streams.is_empty() && closing => break,
         }
     }
     // With the connection gone every stream sees its end at once, and reports it.
-    drop(conn);
+    drop((conn, io));
     while let Ok((id, code)) = refused.try_recv() {
         if !known.contains(id) {
             failed(refusal(code));

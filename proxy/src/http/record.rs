@@ -75,7 +75,7 @@ impl Tally {
 /// A request under way. Dropped, it reports the end: a request cut off by whoever drops the whole connection
 /// counts as [`Reason::Revoked`].
 pub(crate) struct Record<S: Service> {
-    service: Arc<S>,
+    pub(crate) service: Arc<S>,
     end: Option<RequestEnd>,
     pub(crate) begun: Instant,
     pub(crate) tally: Arc<Tally>,

@@ -50,8 +50,8 @@ pub(crate) trait Service: Send + Sync + 'static {
 pub(crate) type Changes = watch::Receiver<Arc<MeshState>>;
 
 /// Ends once a request under way is no longer allowed: it is asked again after every change.
-pub(crate) async fn revoked(changes: Option<Changes>, still_allowed: impl Fn() -> bool) {
-    if let Some(mut changes) = changes {
+pub(crate) async fn revoked(changes: Option<&mut Changes>, still_allowed: impl Fn() -> bool) {
+    if let Some(changes) = changes {
         while changes.changed().await.is_ok() {
             if !still_allowed() {
                 return;

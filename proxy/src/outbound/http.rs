@@ -1,7 +1,8 @@
 //! Requests that an application sends to a Service's HTTP port: route, backend, endpoint.
 
-use std::{collections::HashMap, net::SocketAddr, sync::Arc};
+use std::{net::SocketAddr, sync::Arc};
 
+use foldhash::HashMap;
 use parking_lot::Mutex;
 use rand::Rng;
 use weft_core::{
@@ -15,12 +16,12 @@ use super::{connect::Dialler, resolve};
 use crate::{
     early::Early,
     l7::{ConnectError, Io, LocalReply, OutboundHandler, RequestEnd, Routed, Target},
-    metrics::{Reported, Side},
+    metrics::{Pair, Reported, Side},
     record,
     upstream::Upstream,
 };
 
-/// Endpoints whose protection one connection remembers for its records.
+/// Endpoints that one connection remembers for its records.
 const REMEMBERED: usize = 256;
 
 /// Routes the requests of one connection of an application.
@@ -29,12 +30,20 @@ pub(super) struct HttpOutbound {
     service: NamespacedName,
     port: u16,
     record: FlowRecord,
-    protection: Mutex<HashMap<SocketAddr, Tls>>,
+    known: Mutex<HashMap<SocketAddr, Known>>,
+}
+
+/// What every request to an endpoint is told with, from the last connection to it.
+#[derive(Clone)]
+struct Known {
+    target: Target,
+    tls: Tls,
+    pair: Arc<Pair>,
 }
 
 impl HttpOutbound {
     pub(super) fn new(dialler: Dialler, service: NamespacedName, port: u16, record: FlowRecord) -> Self {
-        Self { dialler, service, port, record, protection: Mutex::default() }
+        Self { dialler, service, port, record, known: Mutex::default() }
     }
 
     fn reply(&self, status: u16, reason: Reason, message: &str) -> LocalReply {
@@ -58,7 +67,7 @@ impl HttpOutbound {
         let like = self.record.source.address.ip();
         let service = state.service(service);
         let source = &self.dialler.source;
-        let targets = service.map(|s| resolve::ready(state, source, s, port, like)).unwrap_or_default();
+        let targets = service.map(|s| resolve::some_ready(state, source, s, port, like)).unwrap_or_default();
         let chosen = self.dialler.pod.balancer.choose(&targets, |t| t.address);
         let why = match service {
             Some(service) if service.node_local => {
@@ -105,12 +114,14 @@ impl OutboundHandler for HttpOutbound {
         let upstream = self.dialler.connect(target, &mut Early::default()).await.inspect_err(|error| {
             self.dialler.pair(target).failed(error.reason);
         })?;
-        let mut protection = self.protection.lock();
-        if protection.len() >= REMEMBERED {
-            protection.clear();
+        let found =
+            Known { target: target.clone(), tls: upstream.tls.clone(), pair: upstream.pair().clone() };
+        let mut known = self.known.lock();
+        if known.len() >= REMEMBERED {
+            known.clear();
         }
-        protection.insert(target.address, upstream.tls.clone());
-        drop(protection);
+        known.insert(target.address, found);
+        drop(known);
         upstream.cut().set(false);
         Ok(upstream)
     }
@@ -127,12 +138,14 @@ impl OutboundHandler for HttpOutbound {
         let mut connection = self.record.clone();
         let pair = match &end.target {
             Some(target) => {
-                let tls = self.protection.lock().get(&target.address).cloned().unwrap_or(Tls::None);
+                let known = self.known.lock().get(&target.address).cloned();
+                let tls = known.as_ref().map_or(Tls::None, |known| known.tls.clone());
                 let proven =
                     target.workload.as_ref().filter(|_| tls != Tls::None).map(|w| w.identity.clone());
                 connection.tls = tls;
                 connection.destination = record::peer(target.address, target.workload.as_deref(), proven);
-                self.dialler.pair(target)
+                let same = known.filter(|known| known.target == *target);
+                same.map_or_else(|| self.dialler.pair(target), |known| known.pair)
             }
             None => self.dialler.shared.metrics.pair(
                 Reported::Source,

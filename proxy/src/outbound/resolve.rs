@@ -2,6 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
+use rand::Rng;
 use weft_core::{
     MeshState, NamespacedName, Service, Workload,
     flow::Reason,
@@ -11,6 +12,11 @@ use weft_core::{
 };
 
 use crate::{connections::TCP, l7::Target};
+
+/// Endpoints of which two are not sought at random.
+const FEW: usize = 8;
+/// How often one is drawn before all are looked at: most of them may not be ready.
+const TRIES: usize = 8;
 
 /// Where a connection goes.
 #[derive(Debug)]
@@ -71,17 +77,48 @@ pub(super) fn ready(
     port: u16,
     like: IpAddr,
 ) -> Vec<Target> {
-    let near = |e: &Endpoint| !service.node_local || e.node.as_ref() == Some(&source.node);
     let targets = |same_family: bool| {
-        let v4 = like.to_canonical().is_ipv4() == same_family;
-        let endpoints = service
-            .endpoints
-            .iter()
-            .filter(move |e| e.ready && near(e) && e.address.to_canonical().is_ipv4() == v4);
-        endpoints.filter_map(|endpoint| target(state, service, port, endpoint)).collect::<Vec<_>>()
+        let fitting = service.endpoints.iter().filter(|e| fits(e, source, service, like, same_family));
+        fitting.filter_map(|endpoint| target(state, service, port, endpoint)).collect::<Vec<_>>()
     };
     let same = targets(true);
     if same.is_empty() { targets(false) } else { same }
+}
+
+/// Of [`ready`], as many as a balancer compares for one request: any two of many, all of few.
+pub(super) fn some_ready(
+    state: &MeshState,
+    source: &Workload,
+    service: &Service,
+    port: u16,
+    like: IpAddr,
+) -> Vec<Target> {
+    let all = &service.endpoints;
+    if all.len() > FEW {
+        let mut rng = rand::rng();
+        let mut found: Vec<Target> = Vec::with_capacity(2);
+        for _ in 0..TRIES {
+            let endpoint = &all[rng.random_range(0..all.len())];
+            if fits(endpoint, source, service, like, true)
+                && let Some(target) = target(state, service, port, endpoint)
+                && !found.contains(&target)
+            {
+                found.push(target);
+                if found.len() == 2 {
+                    return found;
+                }
+            }
+        }
+    }
+    ready(state, source, service, port, like)
+}
+
+/// Whether an endpoint is ready, where the Service wants it, and of the family of `like` or of the other one.
+fn fits(endpoint: &Endpoint, source: &Workload, service: &Service, like: IpAddr, same_family: bool) -> bool {
+    let v4 = like.to_canonical().is_ipv4() == same_family;
+    endpoint.ready
+        && (!service.node_local || endpoint.node.as_ref() == Some(&source.node))
+        && endpoint.address.to_canonical().is_ipv4() == v4
 }
 
 fn target(state: &MeshState, service: &Service, port: u16, endpoint: &Endpoint) -> Option<Target> {
@@ -96,4 +133,70 @@ fn target(state: &MeshState, service: &Service, port: u16, endpoint: &Endpoint) 
         workload,
         service: Some((service.name.clone(), port)),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::{BTreeMap, BTreeSet};
+
+    use weft_core::testing;
+
+    use super::*;
+
+    const PORT: u16 = 80;
+
+    /// A Service with endpoints of both families outside the mesh, of which these are ready.
+    fn service(count: u8, ready: impl Fn(u8) -> bool) -> Service {
+        let endpoint = |address: IpAddr, n| Endpoint {
+            address,
+            ports: BTreeMap::from([(PORT, 8_080)]),
+            packet_ports: Vec::new(),
+            workload: None,
+            ready: ready(n),
+            node: None,
+        };
+        let endpoints = (0..count).flat_map(|n| {
+            let v4 = IpAddr::from([192, 0, 2, n]);
+            let v6 = IpAddr::from([0x2001, 0xdb8, 0, 0, 0, 0, 0, n.into()]);
+            [endpoint(v4, n), endpoint(v6, n)]
+        });
+        Service {
+            name: NamespacedName::new("shop", "api"),
+            addresses: Vec::new(),
+            ports: Vec::new(),
+            endpoints: endpoints.collect(),
+            fronts: Vec::new(),
+            node_local: false,
+        }
+    }
+
+    /// What 500 draws find, and how many each.
+    fn drawn(service: &Service) -> (BTreeSet<IpAddr>, BTreeSet<usize>) {
+        let source = testing::workload("web", 300, Mode::Strict, &[]);
+        let state = testing::state(vec![source.clone()], Vec::new());
+        let (mut seen, mut counts) = (BTreeSet::new(), BTreeSet::new());
+        for _ in 0..500 {
+            let found = some_ready(&state, &source, service, PORT, IpAddr::from([10, 96, 0, 1]));
+            let addresses: BTreeSet<_> = found.iter().map(|target| target.address.ip()).collect();
+            assert_eq!(addresses.len(), found.len(), "one endpoint twice: {found:?}");
+            counts.insert(found.len());
+            seen.extend(addresses);
+        }
+        (seen, counts)
+    }
+
+    #[test]
+    fn any_two_of_many_that_are_ready_are_found() {
+        let (seen, counts) = drawn(&service(20, |n| n % 2 == 0));
+        assert_eq!(seen, (0..20).step_by(2).map(|n| IpAddr::from([192, 0, 2, n])).collect());
+        assert!(counts.contains(&2), "{counts:?}");
+    }
+
+    #[test]
+    fn the_only_one_that_is_ready_is_found_among_many() {
+        let (seen, counts) = drawn(&service(100, |n| n == 77));
+        assert_eq!(seen, BTreeSet::from([IpAddr::from([192, 0, 2, 77])]));
+        assert_eq!(counts, BTreeSet::from([1]));
+        assert_eq!(drawn(&service(100, |_| false)).1, BTreeSet::from([0]));
+    }
 }

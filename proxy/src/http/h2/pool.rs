@@ -1,6 +1,8 @@
 //! HTTP/2 connections to upstreams, for the streams of one caller's connection.
 
 use std::{
+    future::{Future as _, poll_fn},
+    pin::pin,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -18,7 +20,9 @@ use parking_lot::Mutex;
 use tokio::sync::mpsc;
 use weft_core::flow::Reason;
 
-use super::{super::service::Service, CONNECTION_WINDOW, HEADER_LIST, SEND_BUFFER, STREAM_WINDOW};
+use super::{
+    super::service::Service, CONNECTION_WINDOW, HEADER_LIST, SEND_BUFFER, STREAM_WINDOW, gather::Gather,
+};
 use crate::l7::{ConnectError, Io as _, Target};
 
 /// The most upstream connections of one caller's connection; the oldest gives way, its streams go on.
@@ -116,9 +120,11 @@ async fn open<S: Service>(
         .max_header_list_size(HEADER_LIST)
         .enable_push(false);
     let refused = |_| ConnectError::new(Reason::ProtocolError, "the upstream does not speak HTTP/2");
-    let (sender, connection) = builder.handshake::<_, Bytes>(io).await.map_err(refused)?;
+    let io = Gather::new(io);
+    let (sender, connection) = builder.handshake::<_, Bytes>(io.clone()).await.map_err(refused)?;
     let driver = async move {
-        if let Err(error) = connection.await {
+        let mut connection = pin!(connection);
+        if let Err(error) = poll_fn(|cx| io.turn(cx, |cx| connection.as_mut().poll(cx))).await {
             tracing::debug!(%error, "an upstream HTTP/2 connection broke");
         }
     };

@@ -18,7 +18,7 @@ use super::{
         h1::within,
         record::{Record, Tally},
         reply,
-        service::{Decision, Service, revoked},
+        service::{Changes, Decision, Service, revoked},
     },
     pool::Pool,
     pump::{PumpError, pump},
@@ -45,14 +45,40 @@ enum Ended {
     ClientGone,
 }
 
-/// Serves a stream to its end.
-pub(crate) async fn serve<S: Service>(
-    service: Arc<S>,
+/// A stream that was judged and may go on.
+struct Judged<S: Service> {
     pool: Arc<Pool<S>>,
+    /// As it is forwarded; taken when it is.
+    request: Option<Request<()>>,
+    body: RecvStream,
+    respond: SendResponse<Bytes>,
+    decision: Decision,
+    record: Record<S>,
+    /// After which changes the head is judged again.
+    changes: Option<(Changes, RequestHead)>,
+    grpc: bool,
+    head_only: bool,
+}
+
+/// Judges a stream and serves it to its end; `None` where it is answered already.
+pub(crate) fn serve<S: Service>(
+    service: &Arc<S>,
+    pool: &Arc<Pool<S>>,
     limits: &Limits,
     request: Request<RecvStream>,
+    respond: SendResponse<Bytes>,
+) -> Option<Pin<Box<impl Future<Output = Outcome>>>> {
+    // What needs no waiting is done before: a future has room for all that ever was in it. Boxed where it is made, since it
+    // would be moved again and again.
+    judge(service, pool, request, respond).map(|judged| Box::pin(finish(judged, limits)))
+}
+
+fn judge<S: Service>(
+    service: &Arc<S>,
+    pool: &Arc<Pool<S>>,
+    request: Request<RecvStream>,
     mut respond: SendResponse<Bytes>,
-) -> Outcome {
+) -> Option<Judged<S>> {
     let mut record = Record::new(service.clone(), PROTOCOL);
     let (parts, body) = request.into_parts();
     let head_only = parts.method == http::Method::HEAD;
@@ -60,7 +86,7 @@ pub(crate) async fn serve<S: Service>(
         Ok(head) => head,
         Err(problem) => {
             refuse(&mut respond, &mut record, reply::malformed(problem), false, head_only);
-            return Outcome::Normal;
+            return None;
         }
     };
     let grpc = head.grpc;
@@ -74,37 +100,67 @@ pub(crate) async fn serve<S: Service>(
         Ok(decision) => decision,
         Err(reply) => {
             refuse(&mut respond, &mut record, reply, grpc, head_only);
-            return Outcome::Normal;
+            return None;
         }
     };
     record.decided(&decision);
-    let tally = record.tally.clone();
-    let judged = changes.is_some().then(|| head.clone());
-    let still_allowed =
-        || judged.as_ref().is_none_or(|head| head.ask(|request| service.still_allows(request)));
-    let ended = tokio::select! {
-        ended = forward(&pool, head, body, &decision, &mut respond, &mut record) => ended,
-        () = tally.stalled(limits) => timed_out(&tally),
-        () = within(decision.timeout) => timed_out(&tally),
-        () = revoked(changes, still_allowed) => Ended::Revoked,
+    let changes = changes.map(|changes| (changes, head.clone()));
+    let request = match head.into_request(&decision.request_headers) {
+        Ok(request) => Some(request),
+        Err(problem) => {
+            refuse(&mut respond, &mut record, reply::malformed(problem), grpc, head_only);
+            return None;
+        }
     };
-    match ended {
-        Ended::Done => record.done(),
-        Ended::Reply(reply) => refuse(&mut respond, &mut record, reply, grpc, head_only),
-        Ended::Reset(reason, code) => {
-            record.failed(reason);
-            respond.send_reset(code);
+    let pool = pool.clone();
+    Some(Judged { pool, request, body, respond, decision, record, changes, grpc, head_only })
+}
+
+// Not an `async fn`: that would hold its argument twice.
+#[allow(clippy::manual_async_fn, reason = "an async fn would hold its argument twice")]
+fn finish<S: Service>(mut judged: Judged<S>, limits: &Limits) -> impl Future<Output = Outcome> {
+    async move {
+        let ended = attend(&mut judged, limits).await;
+        let Judged { respond, record, grpc, head_only, .. } = &mut judged;
+        match ended {
+            Ended::Done => record.done(),
+            Ended::Reply(reply) => refuse(respond, record, reply, *grpc, *head_only),
+            Ended::Reset(reason, code) => {
+                record.failed(reason);
+                respond.send_reset(code);
+            }
+            Ended::Revoked => {
+                record.revoked();
+                respond.send_reset(Code::CANCEL);
+            }
+            Ended::ClientGone => {
+                record.failed(Reason::PeerReset);
+                return Outcome::ResetByCaller;
+            }
         }
-        Ended::Revoked => {
-            record.revoked();
-            respond.send_reset(Code::CANCEL);
-        }
-        Ended::ClientGone => {
-            record.failed(Reason::PeerReset);
-            return Outcome::ResetByCaller;
-        }
+        Outcome::Normal
     }
-    Outcome::Normal
+}
+
+/// Forwards a stream, as long as that may take and is allowed.
+async fn attend<S: Service>(judged: &mut Judged<S>, limits: &Limits) -> Ended {
+    let Judged { pool, request, body, respond, decision, record, changes, .. } = judged;
+    let service = record.service.clone();
+    let tally = record.tally.clone();
+    let timeout = decision.timeout;
+    let (changes, head) = changes.as_mut().map(|(changes, head)| (changes, &*head)).unzip();
+    let still_allowed = || head.is_none_or(|head| head.ask(|request| service.still_allows(request)));
+    // In their place, and not moved.
+    let mut forward = pin!(forward(pool, request, body, decision, respond, record));
+    let mut stalled = pin!(tally.stalled(limits));
+    let mut late = pin!(within(timeout));
+    let mut revoked = pin!(revoked(changes, still_allowed));
+    tokio::select! {
+        ended = &mut forward => ended,
+        () = &mut stalled => timed_out(&tally),
+        () = &mut late => timed_out(&tally),
+        () = &mut revoked => Ended::Revoked,
+    }
 }
 
 fn timed_out(tally: &Tally) -> Ended {
@@ -139,16 +195,12 @@ fn refuse<S: Service>(
 
 async fn forward<S: Service>(
     pool: &Pool<S>,
-    head: RequestHead,
-    mut body: RecvStream,
+    request: &mut Option<Request<()>>,
+    body: &mut RecvStream,
     decision: &Decision,
     respond: &mut SendResponse<Bytes>,
     record: &mut Record<S>,
 ) -> Ended {
-    let request = match head.into_request(&decision.request_headers) {
-        Ok(request) => request,
-        Err(problem) => return Ended::Reply(reply::malformed(problem)),
-    };
     let mut connected = pool.sender(decision.target.as_ref()).await;
     if let (Err(error), Some(_)) = (&connected, &decision.alternate)
         && error.status != 403
@@ -162,9 +214,10 @@ async fn forward<S: Service>(
         Err(error) => return Ended::Reply(reply::connect(&error)),
     };
     let end = body.is_end_stream();
-    let (response, mut upstream) = match sender.send_request(request, end) {
-        Ok(sent) => sent,
-        Err(_) => {
+    let sent = request.take().map(|request| sender.send_request(request, end));
+    let (response, mut upstream) = match sent {
+        Some(Ok(sent)) => sent,
+        Some(Err(_)) | None => {
             return Ended::Reply(reply::bad_upstream(Reason::PeerReset, "it closed before the request"));
         }
     };
@@ -173,7 +226,7 @@ async fn forward<S: Service>(
     let mut up = pin!(async {
         match end {
             true => Ok(()),
-            false => pump(&mut body, &mut upstream, |count| tally.add_sent(count)).await,
+            false => pump(body, &mut upstream, |count| tally.add_sent(count)).await,
         }
     });
     let mut down = pin!(receive(response, decision, respond, record));
@@ -207,7 +260,7 @@ async fn receive<S: Service>(
     respond: &mut SendResponse<Bytes>,
     record: &Record<S>,
 ) -> Ended {
-    let received = loop {
+    let (mut body, mut stream) = loop {
         match poll_fn(|cx| next(&mut response, respond, cx)).await {
             Event::Interim(mut interim) => {
                 strip_response(interim.headers_mut(), S::UPSTREAM_IS_APPLICATION);
@@ -215,36 +268,42 @@ async fn receive<S: Service>(
                     return Ended::ClientGone;
                 }
             }
-            Event::Response(received) => break received,
+            Event::Response(received) => match answer(received, decision, respond, record) {
+                Ok(bodies) => break bodies,
+                Err(ended) => return ended,
+            },
             Event::ClientGone => return Ended::ClientGone,
         }
     };
-    let received = match received {
-        Ok(received) => received,
+    body_down(&mut body, &mut stream, record).await
+}
+
+/// Passes an answer's head on; gives its body and where that goes, or how the stream ends without one.
+fn answer<S: Service>(
+    received: Result<Response<RecvStream>, h2::Error>,
+    decision: &Decision,
+    respond: &mut SendResponse<Bytes>,
+    record: &Record<S>,
+) -> Result<(RecvStream, SendStream<Bytes>), Ended> {
+    let received = received.map_err(|error| {
         // Not processed (RFC 9113 section 8.7): the caller may try again, so it must hear just that.
-        Err(error) if error.reason() == Some(Code::REFUSED_STREAM) || unprocessed(&error) => {
+        if error.reason() == Some(Code::REFUSED_STREAM) || unprocessed(&error) {
             return Ended::Reset(Reason::PeerReset, Code::REFUSED_STREAM);
         }
-        Err(error) => {
-            let reason =
-                if error.is_io() || error.is_remote() { Reason::PeerReset } else { Reason::ProtocolError };
-            return Ended::Reply(reply::bad_upstream(reason, "it broke off before its answer"));
-        }
-    };
-    let (mut parts, mut body) = received.into_parts();
+        let reason =
+            if error.is_io() || error.is_remote() { Reason::PeerReset } else { Reason::ProtocolError };
+        Ended::Reply(reply::bad_upstream(reason, "it broke off before its answer"))
+    })?;
+    let (mut parts, body) = received.into_parts();
     strip_response(&mut parts.headers, S::UPSTREAM_IS_APPLICATION);
     apply(&mut parts.headers, &decision.response_headers);
     parts.version = http::Version::HTTP_2;
     let status = parts.status.as_u16();
     let end = body.is_end_stream();
-    let Ok(mut stream) = respond.send_response(Response::from_parts(parts, ()), end) else {
-        return Ended::ClientGone;
-    };
+    let stream =
+        respond.send_response(Response::from_parts(parts, ()), end).map_err(|_| Ended::ClientGone)?;
     record.tally.answered(status, record.begun);
-    if end {
-        return Ended::Done;
-    }
-    body_down(&mut body, &mut stream, record).await
+    if end { Err(Ended::Done) } else { Ok((body, stream)) }
 }
 
 /// A GOAWAY says of the streams beyond its last one that nothing of them was done (RFC 9113 section 6.8); those
