@@ -8,6 +8,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
+use rand::Rng;
 use rustls_pki_types::CertificateDer;
 use weft_core::flow::Tls;
 use x509_parser::{certificate::X509Certificate, prelude::FromDer};
@@ -46,7 +47,7 @@ pub struct Times {
     pub answer: Duration,
     /// A connection without streams is closed after it.
     pub idle: Duration,
-    /// Between two keepalive pings.
+    /// Between two keepalive pings, a quarter more or less.
     pub ping_interval: Duration,
     /// For the answer to a ping; then the connection counts as dead.
     pub ping_timeout: Duration,
@@ -62,6 +63,15 @@ impl Default for Times {
             ping_interval: Duration::from_secs(20),
             ping_timeout: Duration::from_secs(10),
         }
+    }
+}
+
+impl Times {
+    /// About [`Self::ping_interval`]: many tunnels are made at once, such as when an agent starts, and their pings shall not
+    /// come at once for ever.
+    async fn until_next_ping(&self) {
+        let pause = self.ping_interval.mul_f64(rand::rng().random_range(0.75..1.25));
+        tokio::time::sleep(pause).await;
     }
 }
 
@@ -123,6 +133,6 @@ async fn keep_alive(control: hbone::Control, times: Times, answered: impl FnOnce
             }
             Ok(Err(_)) | Err(_) => return,
         }
-        tokio::time::sleep(times.ping_interval).await;
+        times.until_next_ping().await;
     }
 }

@@ -116,7 +116,6 @@ fn judge<S: Service>(
     Some(Judged { pool, request, body, respond, decision, record, changes, grpc, head_only })
 }
 
-// Not an `async fn`: that would hold its argument twice.
 #[allow(clippy::manual_async_fn, reason = "an async fn would hold its argument twice")]
 fn finish<S: Service>(mut judged: Judged<S>, limits: &Limits) -> impl Future<Output = Outcome> {
     async move {
