@@ -69,9 +69,8 @@ impl Default for Times {
 impl Times {
     /// About [`Self::ping_interval`]: many tunnels are made at once, such as when an agent starts, and their pings shall not
     /// come at once for ever.
-    async fn until_next_ping(&self) {
-        let pause = self.ping_interval.mul_f64(rand::rng().random_range(0.75..1.25));
-        tokio::time::sleep(pause).await;
+    fn until_next_ping(&self) -> Duration {
+        self.ping_interval.mul_f64(rand::rng().random_range(0.75..1.25))
     }
 }
 
@@ -133,6 +132,22 @@ async fn keep_alive(control: hbone::Control, times: Times, answered: impl FnOnce
             }
             Ok(Err(_)) | Err(_) => return,
         }
-        times.until_next_ping().await;
+        tokio::time::sleep(times.until_next_ping()).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn pings_of_tunnels_made_together_are_spread_over_half_an_interval() {
+        let times = Times::default();
+        let pauses: BTreeSet<Duration> = (0..1_000).map(|_| times.until_next_ping()).collect();
+        let (first, last) = (pauses.first().expect("pauses"), pauses.last().expect("pauses"));
+        assert!(*first >= times.ping_interval.mul_f64(0.75) && *last <= times.ping_interval.mul_f64(1.25));
+        assert!(*last - *first > times.ping_interval.mul_f64(0.4), "all within {first:?} to {last:?}");
     }
 }

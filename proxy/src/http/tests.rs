@@ -7,12 +7,22 @@ mod http2;
 mod ours;
 mod reuse;
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    io,
+    net::SocketAddr,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    task::{Context, Poll},
+    time::Duration,
+};
 
 use bytes::BytesMut;
 use parking_lot::Mutex;
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream, ReadBuf, duplex},
     sync::{mpsc, watch},
 };
 use weft_core::{
@@ -159,6 +169,43 @@ impl Io for DuplexStream {
     }
 }
 
+/// A stream whose writes are counted.
+struct Counted {
+    io: DuplexStream,
+    writes: Arc<AtomicUsize>,
+}
+
+impl Io for Counted {
+    fn cut(&self) -> Cut {
+        self.io.cut()
+    }
+}
+
+impl AsyncRead for Counted {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Counted {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
+        self.writes.fetch_add(1, Ordering::Relaxed);
+        Pin::new(&mut self.io).poll_write(cx, data)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+}
+
 #[derive(Clone, Copy)]
 enum Side {
     Outbound,
@@ -172,6 +219,8 @@ struct Rig {
     handler: Arc<Handler>,
     drain: DrainTrigger,
     task: tokio::task::AbortHandle,
+    /// What was written to the client.
+    writes: Arc<AtomicUsize>,
 }
 
 impl Rig {
@@ -181,6 +230,8 @@ impl Rig {
 
     fn with(side: Side, plan: Plan, limits: Limits) -> Self {
         let (ours, theirs) = duplex(64 * 1024);
+        let writes = Arc::<AtomicUsize>::default();
+        let theirs = Counted { io: theirs, writes: writes.clone() };
         let (upstreams_in, upstreams) = mpsc::unbounded_channel();
         let (ended_in, ended) = mpsc::unbounded_channel();
         let handler = Arc::new(Handler {
@@ -197,7 +248,7 @@ impl Rig {
             Side::Outbound => tasks.spawn("http", serve_outbound(theirs, handler.clone(), limits, watcher)),
             Side::Inbound => tasks.spawn("http", serve_inbound(theirs, handler.clone(), limits, watcher)),
         };
-        Self { client: Peer::new(ours), upstreams, ended, handler, drain, task }
+        Self { client: Peer::new(ours), upstreams, ended, handler, drain, task, writes }
     }
 
     async fn upstream(&mut self) -> Peer {

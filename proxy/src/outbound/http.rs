@@ -67,7 +67,7 @@ impl HttpOutbound {
         let like = self.record.source.address.ip();
         let service = state.service(service);
         let source = &self.dialler.source;
-        let targets = service.map(|s| resolve::some_ready(state, source, s, port, like)).unwrap_or_default();
+        let targets = service.map(|s| resolve::ready(state, source, s, port, like)).unwrap_or_default();
         let chosen = self.dialler.pod.balancer.choose(&targets, |t| t.address);
         let why = match service {
             Some(service) if service.node_local => {

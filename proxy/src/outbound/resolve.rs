@@ -28,7 +28,7 @@ pub(super) enum Resolved {
         /// Its port.
         port: u16,
     },
-    /// To one of these.
+    /// To one of these; see [`ready`].
     Opaque(Vec<Target>),
 }
 
@@ -67,9 +67,9 @@ pub(super) fn resolve(
     Ok(Resolved::Opaque(vec![Target { address, workload, service: None }]))
 }
 
-/// The ready endpoints of a Service's port, of the family of `like` where there are any: a dual-stack Service has
-/// an EndpointSlice per family, and an address stands for the slice of its own. Where the Service asks for it, only
-/// those of the node of `source`.
+/// Ready endpoints of a Service's port for a balancer to choose from: any two of many, all of few. They are of the family of
+/// `like` where there are any: a dual-stack Service has an EndpointSlice per family, and an address stands for the slice of
+/// its own. Where the Service asks for it, only those of the node of `source`.
 pub(super) fn ready(
     state: &MeshState,
     source: &Workload,
@@ -77,48 +77,28 @@ pub(super) fn ready(
     port: u16,
     like: IpAddr,
 ) -> Vec<Target> {
-    let targets = |same_family: bool| {
-        let fitting = service.endpoints.iter().filter(|e| fits(e, source, service, like, same_family));
-        fitting.filter_map(|endpoint| target(state, service, port, endpoint)).collect::<Vec<_>>()
-    };
-    let same = targets(true);
-    if same.is_empty() { targets(false) } else { same }
-}
-
-/// Of [`ready`], as many as a balancer compares for one request: any two of many, all of few.
-pub(super) fn some_ready(
-    state: &MeshState,
-    source: &Workload,
-    service: &Service,
-    port: u16,
-    like: IpAddr,
-) -> Vec<Target> {
     let all = &service.endpoints;
+    let fitting = |endpoint: &Endpoint, same_family: bool| {
+        let v4 = like.to_canonical().is_ipv4() == same_family;
+        let fits = endpoint.ready
+            && (!service.node_local || endpoint.node.as_ref() == Some(&source.node))
+            && endpoint.address.to_canonical().is_ipv4() == v4;
+        fits.then(|| target(state, service, port, endpoint)).flatten()
+    };
     if all.len() > FEW {
         let mut rng = rand::rng();
-        let mut found: Vec<Target> = Vec::with_capacity(2);
+        let mut drawn: Vec<Target> = Vec::with_capacity(2);
         for _ in 0..TRIES {
-            let endpoint = &all[rng.random_range(0..all.len())];
-            if fits(endpoint, source, service, like, true)
-                && let Some(target) = target(state, service, port, endpoint)
-                && !found.contains(&target)
-            {
-                found.push(target);
-                if found.len() == 2 {
-                    return found;
-                }
+            let found = fitting(&all[rng.random_range(0..all.len())], true);
+            drawn.extend(found.filter(|target| !drawn.contains(target)));
+            if drawn.len() == 2 {
+                return drawn;
             }
         }
     }
-    ready(state, source, service, port, like)
-}
-
-/// Whether an endpoint is ready, where the Service wants it, and of the family of `like` or of the other one.
-fn fits(endpoint: &Endpoint, source: &Workload, service: &Service, like: IpAddr, same_family: bool) -> bool {
-    let v4 = like.to_canonical().is_ipv4() == same_family;
-    endpoint.ready
-        && (!service.node_local || endpoint.node.as_ref() == Some(&source.node))
-        && endpoint.address.to_canonical().is_ipv4() == v4
+    let targets = |same_family| all.iter().filter_map(|e| fitting(e, same_family)).collect::<Vec<_>>();
+    let same = targets(true);
+    if same.is_empty() { targets(false) } else { same }
 }
 
 fn target(state: &MeshState, service: &Service, port: u16, endpoint: &Endpoint) -> Option<Target> {
@@ -176,7 +156,7 @@ mod tests {
         let state = testing::state(vec![source.clone()], Vec::new());
         let (mut seen, mut counts) = (BTreeSet::new(), BTreeSet::new());
         for _ in 0..500 {
-            let found = some_ready(&state, &source, service, PORT, IpAddr::from([10, 96, 0, 1]));
+            let found = ready(&state, &source, service, PORT, IpAddr::from([10, 96, 0, 1]));
             let addresses: BTreeSet<_> = found.iter().map(|target| target.address.ip()).collect();
             assert_eq!(addresses.len(), found.len(), "one endpoint twice: {found:?}");
             counts.insert(found.len());

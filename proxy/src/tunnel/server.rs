@@ -102,7 +102,7 @@ impl Server {
         let Self { mut connection, mut requests, control, session, times, .. } = self;
         let mut alive = std::pin::pin!(async {
             // That the peer is there now has just been shown.
-            times.until_next_ping().await;
+            tokio::time::sleep(times.until_next_ping()).await;
             keep_alive(control.clone(), times, || ()).await;
         });
         let validity = session.validity;

@@ -325,3 +325,32 @@ async fn local_answers_name_the_flow() {
         (503, &"flow-9".parse().expect("a value"))
     );
 }
+
+#[tokio::test]
+async fn answers_that_come_together_go_on_in_few_writes() {
+    const COUNT: usize = 10;
+    for side in [Side::Outbound, Side::Inbound] {
+        let mut h2 = H2::new(side).await;
+        let mut responses = Vec::new();
+        for n in 0..COUNT {
+            let (response, _) = h2.caller().await.send_request(get(&format!("/{n}")), true).expect("sent");
+            responses.push(response);
+        }
+        let mut upstream = h2.upstream().await;
+        let mut waiting = Vec::new();
+        for _ in 0..COUNT {
+            waiting.push(soon(upstream.recv()).await.expect("a stream").1);
+        }
+        let before = h2.rig.writes.load(Ordering::Relaxed);
+        for mut respond in waiting {
+            let mut body = respond.send_response(Response::new(()), false).expect("answered");
+            body.send_data(vec![7; 2_048].into(), true).expect("sent");
+        }
+        for response in responses {
+            let mut body = soon(response).await.expect("an answer").into_body();
+            assert_eq!(text(&mut body).await, [7; 2_048]);
+        }
+        let writes = h2.rig.writes.load(Ordering::Relaxed) - before;
+        assert!(writes <= COUNT / 2, "{writes} writes for {COUNT} answers");
+    }
+}
