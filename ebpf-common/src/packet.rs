@@ -119,16 +119,18 @@ fn parse4(packet: &impl Load, offset: u32) -> Option<Packet> {
         tcp_flags: 0,
         control: false,
     };
-    transport(packet, offset + length, &mut parsed).then_some(parsed)
+    // Only IGMP, which has nothing that would be read there, begins further behind.
+    transport(packet, offset + 20, &mut parsed).then_some(parsed)
 }
 
+/// The fixed header of IPv6: `proto` is what follows it.
 #[inline(always)]
-fn parse6(packet: &impl Load, offset: u32) -> Option<Packet> {
+fn header6(packet: &impl Load, offset: u32) -> Option<Packet> {
     let header: [u8; 8] = packet.load(offset)?;
     if header[0] >> 4 != 6 {
         return None;
     }
-    let mut parsed = Packet {
+    Some(Packet {
         src: packet.load(offset + 8)?,
         dst: packet.load(offset + 24)?,
         fragment_id: 0,
@@ -139,7 +141,12 @@ fn parse6(packet: &impl Load, offset: u32) -> Option<Packet> {
         fragment: fragment::NONE,
         tcp_flags: 0,
         control: false,
-    };
+    })
+}
+
+#[inline(always)]
+fn parse6(packet: &impl Load, offset: u32) -> Option<Packet> {
+    let mut parsed = header6(packet, offset)?;
     let mut at = offset + 40;
     for _ in 0..=MAX_EXTENSIONS {
         match parsed.proto {
@@ -175,6 +182,18 @@ fn parse6(packet: &impl Load, offset: u32) -> Option<Packet> {
         }
     }
     None
+}
+
+/// As [`parse`], of a packet behind an Ethernet header whose transport header follows IP's own, as nearly all do; nothing
+/// of any other. The offsets are constants, so that a packet's memory can be read in place.
+#[inline(always)]
+pub fn parse_plain(packet: &impl Load, ethertype: u16) -> Option<Packet> {
+    if ethertype == ETH_IP4 {
+        return parse4(packet, ETH_LEN);
+    }
+    let mut parsed = header6(packet, ETH_LEN)?;
+    let plain = matches!(parsed.proto, TCP | UDP | ICMP6);
+    (plain && transport(packet, ETH_LEN + 40, &mut parsed)).then_some(parsed)
 }
 
 /// Source and flags of a whole TCP segment behind an Ethernet header, where its headers have no options between them:

@@ -11,7 +11,7 @@ use weft_ebpf_common::{
     Addr, AddrInfo, FragKey, Pod, Probe, Tuple, addr,
     codes::{FRAG_IDLE_NS, info, kind, pod, proto, reason, stat, verdict},
     judge::{Judgement, Query},
-    packet::{ETH_IP4, ETH_IP6, ETH_LEN, Load, Packet, fragment, parse, plain_segment, tcp},
+    packet::{ETH_IP4, ETH_IP6, ETH_LEN, Load, Packet, fragment, parse, parse_plain, plain_segment, tcp},
 };
 
 use crate::{
@@ -63,16 +63,25 @@ fn of_a_connection(ctx: &TcContext, ethertype: u16, from: impl FnOnce(&Addr) -> 
         .is_some_and(|(src, flags)| flags & (tcp::SYN | tcp::ACK) != tcp::SYN && from(&src))
 }
 
+/// The packet, read in place where that can be.
+#[inline(always)]
+fn read(ctx: &TcContext, ethertype: u16) -> Option<Packet> {
+    parse_plain(&InPlace(ctx), ethertype).or_else(|| parse(&Skb(ctx), ETH_LEN, ethertype))
+}
+
 /// What leaves a Pod.
 #[inline(always)]
 pub(crate) fn from_pod(ctx: &TcContext) -> i32 {
-    let Some((own, ethertype)) = subject_to_judgement(ctx) else {
+    let Some(ethertype) = ip(ctx) else {
+        return TC_ACT_UNSPEC;
+    };
+    let Some(own) = subject_to_judgement(ctx) else {
         return TC_ACT_UNSPEC;
     };
     if of_a_connection(ctx, ethertype, |src| has(own, src)) {
         return TC_ACT_UNSPEC;
     }
-    let Some(packet) = parse(&Skb(ctx), ETH_LEN, ethertype) else {
+    let Some(packet) = read(ctx, ethertype) else {
         return drop_with(own, Way::Out, stat::EXT_HDR_DROPPED, reason::UNSUPPORTED);
     };
     if !own_source(own, &packet) {
@@ -87,13 +96,17 @@ pub(crate) fn from_pod(ctx: &TcContext) -> i32 {
 /// What enters a Pod.
 #[inline(always)]
 pub(crate) fn to_pod(ctx: &TcContext) -> i32 {
-    let Some((own, ethertype)) = subject_to_judgement(ctx) else {
+    let Some(ethertype) = ip(ctx) else {
         return TC_ACT_UNSPEC;
     };
+    // Whoever's interface this is.
     if of_a_connection(ctx, ethertype, |src| !addr::is_loopback(src)) {
         return TC_ACT_UNSPEC;
     }
-    let Some(packet) = parse(&Skb(ctx), ETH_LEN, ethertype) else {
+    let Some(own) = subject_to_judgement(ctx) else {
+        return TC_ACT_UNSPEC;
+    };
+    let Some(packet) = read(ctx, ethertype) else {
         return drop_with(own, Way::In, stat::EXT_HDR_DROPPED, reason::UNSUPPORTED);
     };
     if addr::is_loopback(&packet.src) {
@@ -113,16 +126,23 @@ pub(crate) fn to_pod(ctx: &TcContext) -> i32 {
     }
 }
 
-/// The Pod behind this interface and the packet's EtherType, where there is anything to judge.
+/// The packet's EtherType, where it is IP.
 #[inline(always)]
-fn subject_to_judgement(ctx: &TcContext) -> Option<(&'static Pod, u16)> {
-    let skb = ctx.skb.skb;
-    // SAFETY: plain fields of the context.
-    let (ifindex, protocol) = unsafe { ((*skb).ifindex, (*skb).protocol) };
+fn ip(ctx: &TcContext) -> Option<u16> {
+    // SAFETY: a plain field of the context.
+    let protocol = unsafe { (*ctx.skb.skb).protocol };
+    let ethertype = u16::from_be(protocol as u16);
+    (ethertype == ETH_IP4 || ethertype == ETH_IP6).then_some(ethertype)
+}
+
+/// The Pod behind this interface, where its packets are judged.
+#[inline(always)]
+fn subject_to_judgement(ctx: &TcContext) -> Option<&'static Pod> {
+    // SAFETY: a plain field of the context.
+    let ifindex = unsafe { (*ctx.skb.skb).ifindex };
     // SAFETY: rows are replaced whole by the agent.
     let own = unsafe { VETHS.get(ifindex) }?;
-    let ethertype = u16::from_be(protocol as u16);
-    (own.flags & pod::PASS == 0 && (ethertype == ETH_IP4 || ethertype == ETH_IP6)).then_some((own, ethertype))
+    (own.flags & pod::PASS == 0).then_some(own)
 }
 
 #[inline(always)]

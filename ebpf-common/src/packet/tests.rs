@@ -126,6 +126,25 @@ proptest! {
         }
     }
 
+    /// As above, of all that is judged.
+    #[test]
+    fn a_plain_packet_is_read_alike(
+        mut bytes in prop::collection::vec(any::<u8>(), 14..100),
+        six: bool,
+        proto in prop::sample::select(vec![TCP, UDP, ICMP, ICMP6, 2, 44, 50, 60]),
+    ) {
+        if let Some(ip) = bytes.get_mut(14..).filter(|ip| ip.len() >= 40) {
+            ip[0] = if six { 0x60 } else { 0x45 };
+            ip[if six { 6 } else { 9 }] = proto;
+        }
+        let ethertype = if six { ETH_IP6 } else { ETH_IP4 };
+        let whole = parse(&&*bytes, ETH_LEN, ethertype);
+        match parse_plain(&&*bytes, ethertype) {
+            Some(plain) => prop_assert_eq!(Some(plain), whole),
+            None => prop_assert!(whole.is_none() || (six && ![TCP, UDP, ICMP6].contains(&bytes[14 + 6]))),
+        }
+    }
+
     #[test]
     fn any_bytes_are_read_without_a_panic(mut bytes in prop::collection::vec(any::<u8>(), 1..200), six: bool) {
         bytes[0] = if six { 0x60 } else { 0x45 };
