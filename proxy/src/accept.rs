@@ -175,7 +175,7 @@ fn move_to(worker: &Handle, socket: TcpStream) -> io::Result<TcpStream> {
     TcpStream::from_std(socket)
 }
 
-/// Serves one connection until it ends or its Pod is closed.
+/// Serves one connection until it ends or its Pod is closed, for which each kind looks where it costs least.
 async fn serve(
     shared: Arc<Shared>,
     pod: Arc<Pod>,
@@ -183,19 +183,18 @@ async fn serve(
     kind: Kind,
     _room: (OwnedSemaphorePermit, DrainHold),
 ) {
-    let closing = pod.clone();
-    let serve = async {
-        match kind {
-            Kind::Outbound => outbound::serve(shared, pod, socket).await,
-            Kind::Inbound => inbound::plain::serve(shared, pod, socket).await,
-            // Boxed: there are few, and their state is large.
-            Kind::Tunnel => Box::pin(inbound::tunnel::serve(shared, pod, socket)).await,
+    match kind {
+        Kind::Outbound => outbound::serve(shared, pod, socket).await,
+        Kind::Inbound => inbound::plain::serve(shared, pod, socket).await,
+        Kind::Tunnel => {
+            let closing = pod.clone();
+            tokio::select! {
+                biased;
+                // Boxed: there are few, and their state is large.
+                () = Box::pin(inbound::tunnel::serve(shared, pod, socket)) => {}
+                () = closing.closed() => {}
+            }
         }
-    };
-    tokio::select! {
-        biased;
-        () = serve => {}
-        () = closing.closed() => {}
     }
 }
 

@@ -22,7 +22,7 @@ use weft_core::{
 use weft_identity::CredentialReader;
 use weft_runtime::DrainWatcher;
 
-use crate::tunnel::validity::Validity;
+use crate::{pod::Pod, tunnel::validity::Validity};
 
 /// TCP's protocol number.
 pub const TCP: u8 = 6;
@@ -114,6 +114,15 @@ impl Registration {
     /// Ends when the connection must, with the reason.
     pub async fn cut(&mut self) -> Reason {
         std::future::poll_fn(|cx| self.poll_cut(cx)).await
+    }
+
+    /// As [`Registration::cut`], or with the end of one of its Pods.
+    pub async fn ended(&mut self, pod: &Pod) -> Reason {
+        tokio::select! {
+            biased;
+            reason = self.cut() => reason,
+            () = pod.closed() => Reason::Revoked,
+        }
     }
 
     /// [`Registration::cut`] for use inside a stream; stays ready.

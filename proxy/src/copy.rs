@@ -9,8 +9,12 @@ use std::{
     time::Duration,
 };
 
+use futures_util::future::Either;
 use prometheus_client::metrics::counter::Counter;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use weft_core::flow::Reason;
+
+use crate::beside::beside;
 
 /// What is read at a time. One buffer serves all connections of a thread: what was read is written at once, and only
 /// what the writer does not take is kept, so that a connection at rest holds no memory.
@@ -75,20 +79,35 @@ pub enum CopyError {
     /// No byte moved for too long.
     #[error("no byte moved for {0:?}")]
     Idle(Duration),
+    /// It had to end.
+    #[error("it was ended: {0:?}")]
+    Ended(Reason),
+}
+
+impl CopyError {
+    /// As records name it.
+    pub fn reason(&self) -> Reason {
+        match self {
+            Self::Client(_) | Self::Server(_) => Reason::PeerReset,
+            Self::Idle(_) => Reason::Timeout,
+            Self::Ended(reason) => *reason,
+        }
+    }
 }
 
 /// Copies until both directions ended; the end of one is passed on as a half-close while the other goes on. `early`
 /// has been read from the client already.
 ///
 /// # Errors
-/// On the first failure of either side, or when nothing moved for `idle` (noticed after at most twice that).
-/// The caller then resets both.
+/// On the first failure of either side, when nothing moved for `idle` (noticed after at most twice that), or with what
+/// `end` gives. The caller then resets both.
 pub fn both<'a, C, S>(
     client: &'a mut C,
     server: &'a mut S,
     early: Vec<u8>,
     traffic: &'a Traffic,
     idle: Duration,
+    end: impl Future<Output = Reason> + 'a,
 ) -> impl Future<Output = Result<(), CopyError>> + 'a
 where
     C: Copied,
@@ -97,34 +116,45 @@ where
     // Here and not in the block, where what is given and what it becomes would both have room in every connection.
     let mut up = Direction { rest: early, ..Direction::default() };
     let mut down = Direction::default();
-    async move {
-        let copy = std::future::poll_fn(|cx| {
-            let sent = up.poll(cx, client, server, |n| traffic.add_sent(n));
-            if let Poll::Ready(Err(side)) = sent {
-                return Poll::Ready(Err(side.error(true)));
-            }
-            let received = down.poll(cx, server, client, |n| traffic.add_received(n));
-            if let Poll::Ready(Err(side)) = received {
-                return Poll::Ready(Err(side.error(false)));
-            }
-            ready!(sent.is_ready().then_some(()).map_or(Poll::Pending, Poll::Ready));
-            received.map(|_| Ok(()))
-        });
-        let watch = async {
-            let mut last = (traffic.sent(), traffic.received());
-            loop {
-                tokio::time::sleep(idle).await;
-                let now = (traffic.sent(), traffic.received());
-                if now == last {
-                    return;
-                }
-                last = now;
-            }
-        };
+    let rare = Box::pin(async move {
         tokio::select! {
-            result = copy => result,
-            () = watch => Err(CopyError::Idle(idle)),
+            () = nothing_moves(traffic, idle) => CopyError::Idle(idle),
+            reason = end => CopyError::Ended(reason),
         }
+    });
+    async move {
+        let copy = beside(
+            std::future::poll_fn(|cx| {
+                let sent = up.poll(cx, client, server, |n| traffic.add_sent(n));
+                if let Poll::Ready(Err(side)) = sent {
+                    return Poll::Ready(Err(side.error(true)));
+                }
+                let received = down.poll(cx, server, client, |n| traffic.add_received(n));
+                if let Poll::Ready(Err(side)) = received {
+                    return Poll::Ready(Err(side.error(false)));
+                }
+                ready!(sent.is_ready().then_some(()).map_or(Poll::Pending, Poll::Ready));
+                received.map(|_| Ok(()))
+            }),
+            rare,
+        );
+        match copy.await {
+            Either::Left(copied) => copied,
+            Either::Right(error) => Err(error),
+        }
+    }
+}
+
+/// Ends when no byte moved for so long, or up to twice that.
+async fn nothing_moves(traffic: &Traffic, idle: Duration) {
+    let mut last = (traffic.sent(), traffic.received());
+    loop {
+        tokio::time::sleep(idle).await;
+        let now = (traffic.sent(), traffic.received());
+        if now == last {
+            return;
+        }
+        last = now;
     }
 }
 

@@ -3,6 +3,7 @@
 
 mod accept;
 pub mod balance;
+mod beside;
 pub mod config;
 pub mod connections;
 pub mod copy;

@@ -5,6 +5,7 @@ use std::{
     sync::Arc,
 };
 
+use futures_util::future::Either;
 use tokio::net::TcpStream;
 use weft_core::{
     NamespacedName, SubjectId, Workload,
@@ -13,8 +14,9 @@ use weft_core::{
 
 use crate::{
     balance::Lease,
+    beside::beside,
     connections::{Entry, Registration},
-    copy::{self, CopyError, Traffic},
+    copy::{self, Traffic},
     early::Early,
     l7::{ConnectError, Io, Target},
     metrics::{Pair, Reported, Side},
@@ -36,7 +38,13 @@ use resolve::{Resolved, Unresolved};
 /// Serves one accepted outbound connection.
 pub async fn serve(shared: Arc<Shared>, pod: Arc<Pod>, accepted: TcpStream) {
     // Boxed: a connection lives longer than its set-up.
-    match Box::pin(set_up(shared, pod, accepted)).await {
+    let set_up = Box::pin(set_up(shared, pod.clone(), accepted));
+    let served = tokio::select! {
+        biased;
+        served = set_up => served,
+        () = pod.closed() => return,
+    };
+    match served {
         Some((outbound, mut app, Served::Opaque(reached))) => outbound.copy(&mut app, reached).await,
         // Boxed: its state is much larger than that of a connection whose bytes pass unseen.
         Some((outbound, app, Served::Http { service, port })) => {
@@ -251,9 +259,10 @@ impl Outbound {
         let reason = {
             let serving = crate::http::serve_outbound(app, handler, limits, drain);
             let mut serving = std::pin::pin!(serving);
-            tokio::select! {
-                () = &mut serving => Reason::None,
-                reason = registration.cut() => {
+            match beside(&mut serving, Box::pin(registration.ended(&self.pod))).await {
+                Either::Left(()) => Reason::None,
+                Either::Right(reason) => {
+                    // Before what serves is dropped.
                     cut.set(true);
                     reason
                 }
@@ -329,21 +338,14 @@ impl Outbound {
         session.opened();
         let upstream_cut = upstream.cut();
         upstream_cut.set(true);
-        let copied = tokio::select! {
-            copied = copy::both(app, upstream, early, traffic, self.shared.config.idle_timeout) => copied,
-            reason = registration.cut() => return session.fail(reason),
-        };
-        match copied {
+        let (idle, end) = (self.shared.config.idle_timeout, registration.ended(&self.pod));
+        match copy::both(app, upstream, early, traffic, idle, end).await {
             Ok(()) => {
                 app.cut().set(false);
                 upstream_cut.set(false);
             }
             Err(error) => {
-                session.fail(if matches!(error, CopyError::Idle(_)) {
-                    Reason::Timeout
-                } else {
-                    Reason::PeerReset
-                });
+                session.fail(error.reason());
                 tracing::debug!(pod = %self.source.name, %error, "a connection failed");
             }
         }

@@ -49,14 +49,20 @@ pub async fn serve(shared: Arc<Shared>, pod: Arc<Pod>, accepted: TcpStream) {
         validity: None,
     };
     // Boxed: a connection lives longer than its set-up.
-    match Box::pin(admit(&shared, &pod, arrival)).await {
-        Ok(Admitted::Opaque(mut opened)) => match opaque(&shared, &mut accepted, &mut opened).await {
+    let admit = Box::pin(admit(&shared, &pod, arrival));
+    let admitted = tokio::select! {
+        biased;
+        admitted = admit => admitted,
+        () = pod.closed() => return,
+    };
+    match admitted {
+        Ok(Admitted::Opaque(mut opened)) => match opaque(&shared, &pod, &mut accepted, &mut opened).await {
             Reason::None => cut.set(false),
             reason => opened.session.fail(reason),
         },
         Ok(Admitted::Http(http)) => {
             cut.set(false);
-            Box::pin(serve_http(&shared, *http, accepted)).await;
+            Box::pin(serve_http(&shared, &pod, *http, accepted)).await;
         }
         Err(error) => tracing::debug!(%client, %destination, %error, "a plain connection was refused"),
     }
@@ -91,11 +97,7 @@ pub async fn local(
             let (near, far) = pipe(MEMORY);
             let (shared, pod) = (shared.clone(), pod.clone());
             shared.tasks.clone().spawn("local-http", async move {
-                tokio::select! {
-                    biased;
-                    () = serve_http(&shared, *http, far) => {}
-                    () = pod.closed() => {}
-                }
+                serve_http(&shared, &pod, *http, far).await;
             });
             Ok(Upstream::new(Way::Judged(near), Tls::Local, pair))
         }

@@ -2,14 +2,16 @@
 
 use std::{net::SocketAddr, pin::Pin, sync::Arc, time::SystemTime};
 
+use futures_util::future::Either;
 use http::StatusCode;
 use tokio::net::TcpStream;
 use weft_core::{SpiffeId, Workload, flow::Reason};
 
 use super::{Admitted, Arrival, Http, Opened, admit};
 use crate::{
+    beside::beside,
     connections::Source,
-    copy::{self, Copied, CopyError},
+    copy::{self, Copied},
     l7::ConnectError,
     metrics::{Reported, Side},
     pod::Pod,
@@ -83,14 +85,13 @@ type SetUp = Pin<Box<dyn Future<Output = Option<(Admitted, Stream)>> + Send>>;
 
 /// One stream of a tunnel, until it ends or its Pod is closed.
 async fn stream(shared: Arc<Shared>, pod: Arc<Pod>, set_up: SetUp) {
-    let serve = async {
-        if let Some((admitted, stream)) = set_up.await {
-            forward(&shared, admitted, stream).await;
-        }
+    let done = tokio::select! {
+        biased;
+        done = set_up => done,
+        () = pod.closed() => return,
     };
-    tokio::select! {
-        () = serve => {}
-        () = pod.closed() => {}
+    if let Some((admitted, stream)) = done {
+        forward(&shared, &pod, admitted, stream).await;
     }
 }
 
@@ -209,49 +210,46 @@ fn status(error: &ConnectError) -> StatusCode {
     }
 }
 
-async fn forward(shared: &Arc<Shared>, admitted: Admitted, mut stream: Stream) {
+async fn forward(shared: &Arc<Shared>, pod: &Pod, admitted: Admitted, mut stream: Stream) {
     match admitted {
         Admitted::Opaque(mut opened) => {
-            let reason = opaque(shared, &mut stream, &mut opened).await;
+            let reason = opaque(shared, pod, &mut stream, &mut opened).await;
             if reason != Reason::None {
                 opened.session.fail(reason);
                 stream.abort();
             }
         }
         // Boxed: its state is much larger than that of a connection whose bytes pass unseen.
-        Admitted::Http(http) => Box::pin(serve_http(shared, *http, stream)).await,
+        Admitted::Http(http) => Box::pin(serve_http(shared, pod, *http, stream)).await,
     }
 }
 
 /// Copies until the end; [`Reason::None`] for a clean one, after which the application's socket closes cleanly.
-pub(super) async fn opaque<C>(shared: &Shared, client: &mut C, opened: &mut Opened) -> Reason
+pub(super) async fn opaque<C>(shared: &Shared, pod: &Pod, client: &mut C, opened: &mut Opened) -> Reason
 where
     C: Copied,
 {
     let Opened { socket, registration, traffic, .. } = opened;
-    let copied = tokio::select! {
-        copied = copy::both(client, socket, Vec::new(), traffic, shared.config.idle_timeout) => copied,
-        reason = registration.cut() => return reason,
-    };
-    match copied {
+    let (idle, end) = (shared.config.idle_timeout, registration.ended(pod));
+    match copy::both(client, socket, Vec::new(), traffic, idle, end).await {
         Ok(()) => {
             opened.cut.set(false);
             Reason::None
         }
-        Err(CopyError::Idle(_)) => Reason::Timeout,
-        Err(CopyError::Client(_) | CopyError::Server(_)) => Reason::PeerReset,
+        Err(error) => error.reason(),
     }
 }
 
 /// Serves HTTP until the connection ends or is cut.
-pub(super) async fn serve_http<C: crate::l7::Io>(shared: &Arc<Shared>, mut http: Http, stream: C) {
+pub(super) async fn serve_http<C: crate::l7::Io>(shared: &Arc<Shared>, pod: &Pod, mut http: Http, stream: C) {
     let (limits, cut) = (shared.http_limits(), stream.cut());
     let reason = {
         let serving = crate::http::serve_inbound(stream, http.handler.clone(), limits, shared.drain.clone());
         let mut serving = std::pin::pin!(serving);
-        tokio::select! {
-            () = &mut serving => Reason::None,
-            reason = http.registration.cut() => {
+        match beside(&mut serving, Box::pin(http.registration.ended(pod))).await {
+            Either::Left(()) => Reason::None,
+            Either::Right(reason) => {
+                // Before what serves is dropped.
                 cut.set(true);
                 reason
             }

@@ -2,6 +2,7 @@
 
 use std::{hash::Hash, net::SocketAddr, sync::Arc};
 
+use futures_util::future::Either;
 use http::{Method, StatusCode};
 use rustls_pki_types::CertificateDer;
 use tokio::net::TcpStream;
@@ -12,6 +13,7 @@ use super::{
     validity::{Validities, Validity},
 };
 use crate::{
+    beside::beside,
     hbone::{self, Connection, Control, Lost, Request, Requests},
     tls,
 };
@@ -100,39 +102,45 @@ impl Server {
         malformed: impl Fn(&'static str),
     ) -> Result<(), hbone::Error> {
         let Self { mut connection, mut requests, control, session, times, .. } = self;
-        let mut alive = std::pin::pin!(async {
+        let alive = async {
             // That the peer is there now has just been shown.
             tokio::time::sleep(times.until_next_ping()).await;
             keep_alive(control.clone(), times, || ()).await;
-        });
-        let validity = session.validity;
-        let mut expired = std::pin::pin!(validity.passed());
-        let mut gone = std::pin::pin!(async {
-            validity.passed().await;
+        };
+        let left = async {
+            drain.draining().await;
+            control.leave();
+            std::future::pending::<()>().await;
+        };
+        let expired = async {
+            session.validity.passed().await;
+            control.leave();
             tokio::time::sleep(PARTING).await;
-        });
-        let (mut draining, mut parting) = (false, false);
-        loop {
+        };
+        let rare = Box::pin(async {
             tokio::select! {
-                ended = &mut connection => return ended,
-                Some(request) = requests.next() => match parse(&request) {
-                    Ok(parsed) => serve(Incoming { request: parsed.request, forwarded: parsed.forwarded, stream: request }),
-                    Err(problem) => {
-                        malformed(problem);
-                        request.refuse(StatusCode::BAD_REQUEST);
-                    }
-                },
-                () = drain.draining(), if !draining => {
-                    draining = true;
-                    control.leave();
-                }
-                () = &mut alive => return Ok(()),
-                () = &mut expired, if !parting => {
-                    parting = true;
-                    control.leave();
-                }
-                () = &mut gone => return Ok(()),
+                () = alive => {}
+                () = left => {}
+                () = expired => {}
             }
+        });
+        let often = std::pin::pin!(async {
+            loop {
+                tokio::select! {
+                    ended = &mut connection => return ended,
+                    Some(request) = requests.next() => match parse(&request) {
+                        Ok(parsed) => serve(Incoming { request: parsed.request, forwarded: parsed.forwarded, stream: request }),
+                        Err(problem) => {
+                            malformed(problem);
+                            request.refuse(StatusCode::BAD_REQUEST);
+                        }
+                    },
+                }
+            }
+        });
+        match beside(often, rare).await {
+            Either::Left(ended) => ended,
+            Either::Right(()) => Ok(()),
         }
     }
 }

@@ -1,10 +1,12 @@
 //! The life of one connection of the pool.
 
 use std::{
+    convert::Infallible,
     sync::{Weak, atomic::Ordering},
     time::{Duration, SystemTime},
 };
 
+use futures_util::future::Either;
 use rand::Rng;
 
 use super::{
@@ -12,7 +14,10 @@ use super::{
     Inner, Key,
     slot::{Slot, Tunnel},
 };
-use crate::hbone::{Connection, Control};
+use crate::{
+    beside::beside,
+    hbone::{Connection, Control},
+};
 
 /// How long an idle connection may take to say goodbye.
 const GOODBYE: Duration = Duration::from_secs(5);
@@ -38,6 +43,16 @@ pub(super) struct Proof {
     pub(super) ours: (Validity, SystemTime),
 }
 
+/// Why a connection ends that could go on.
+enum End {
+    /// The peer stopped to answer pings.
+    Silent,
+    /// The peer's certificate ended.
+    Expired,
+    /// It was not used.
+    Idle,
+}
+
 impl Proof {
     fn extend(&self) {
         for (validity, until) in [&self.theirs, &self.ours] {
@@ -54,30 +69,29 @@ impl Driver {
         // In TLS 1.3 the dialling end is done before the other one has looked at its certificate. Its first answer
         // shows that it took us.
         let validity = proof.theirs.0.clone();
-        let mut spare = std::pin::pin!(spare(control.clone(), &pool, &key));
-        let mut alive = std::pin::pin!(keep_alive(control, times, move || proof.extend()));
-        let mut idle = std::pin::pin!(idle(tunnel.clone(), slot.clone(), times.idle));
-        let mut attest = std::pin::pin!(async {
-            attest(&pool, &key, &tunnel).await;
-            std::future::pending::<()>().await;
-        });
-        tokio::select! {
-            biased;
-            // First, so that the first ping goes along with the first frames.
-            () = &mut alive => tracing::debug!("a tunnel's peer stopped to answer pings"),
-            ended = &mut connection => {
-                if let Err(error) = ended {
-                    tracing::debug!(%error, "a tunnel ended");
-                }
+        let rare = Box::pin(async {
+            tokio::select! {
+                biased;
+                // First, and before the connection, so that the first ping goes along with the first frames.
+                () = keep_alive(control.clone(), times, move || proof.extend()) => End::Silent,
+                () = validity.passed() => End::Expired,
+                () = idle(tunnel.clone(), slot.clone(), times.idle) => End::Idle,
+                ((), never) = async {
+                    tokio::join!(attest(&pool, &key, &tunnel), spare(control.clone(), &pool, &key))
+                } => match never {},
             }
-            () = validity.passed() => {
+        });
+        let end = beside(&mut connection, rare).await;
+        match end {
+            Either::Left(Ok(())) => {}
+            Either::Left(Err(error)) => tracing::debug!(%error, "a tunnel ended"),
+            Either::Right(End::Silent) => tracing::debug!("a tunnel's peer stopped to answer pings"),
+            Either::Right(End::Expired) => {
                 tracing::info!(peer = %key.expected, "a tunnel was closed: the certificate of its peer has expired");
                 // It retired long before, so nothing new begins; what is left is cut for its own reason meanwhile.
                 let _ = tokio::time::timeout(PARTING, &mut connection).await;
             }
-            () = &mut attest => {}
-            () = &mut spare => {}
-            () = &mut idle => {
+            Either::Right(End::Idle) => {
                 if let Some(slot) = slot.upgrade() {
                     slot.forget(&tunnel);
                 }
@@ -97,7 +111,7 @@ impl Driver {
 
 /// Makes a further connection of the same ends while this one has streams and before a certificate of either ends;
 /// see [`super::super::validity`]. Where that brings nothing the next attempt comes after about half of the time that
-/// is left. Ends when that time is over, or the connection or the pool is gone.
+/// is left. Ends when that time is over, or the connection or the pool is gone, which ends nothing else.
 async fn attest(pool: &Weak<Inner>, key: &Key, tunnel: &Weak<Tunnel>) {
     let Some(mut known) = tunnel.upgrade().map(|t| t.ends()) else { return };
     let mut due = due(known, 0.65..0.75);
@@ -130,7 +144,7 @@ async fn attest(pool: &Weak<Inner>, key: &Key, tunnel: &Weak<Tunnel>) {
 }
 
 /// Has a connection without bulk at hand for as long as this one carries some. Never ends.
-async fn spare(control: Control, pool: &Weak<Inner>, key: &Key) {
+async fn spare(control: Control, pool: &Weak<Inner>, key: &Key) -> Infallible {
     loop {
         control.bulk().await;
         if let Some(pool) = pool.upgrade() {
