@@ -1,6 +1,12 @@
 //! Accept loops.
 
-use std::{io, sync::Arc, time::Duration};
+use std::{
+    io,
+    net::SocketAddr,
+    pin::{Pin, pin},
+    sync::Arc,
+    time::Duration,
+};
 
 use tokio::{
     net::{TcpListener, TcpStream},
@@ -24,6 +30,9 @@ pub(crate) struct Listeners {
     inbound: Vec<TcpListener>,
     tunnel: Vec<TcpListener>,
 }
+
+/// Held by each connection: its place under its Pod's limit, and the drain, which waits for it.
+pub(crate) type Room = (OwnedSemaphorePermit, DrainHold);
 
 /// The most that is taken from a queue before its listener closes: the kernel's default limit of a queue
 /// (`net.core.somaxconn`), so that callers who keep on dialling cannot hold the close up.
@@ -99,9 +108,9 @@ async fn accept(shared: Arc<Shared>, pod: Arc<Pod>, listener: TcpListener, kind:
             () = pod.accepting_stopped() => break,
         };
         match accepted {
-            Ok((socket, _)) => {
+            Ok((socket, peer)) => {
                 backoff.reset();
-                start(&shared, &pod, room, socket, kind);
+                start(&shared, &pod, room, (socket, peer), kind);
             }
             // The peer went away before it was accepted: nothing is wrong here.
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
@@ -115,19 +124,19 @@ async fn accept(shared: Arc<Shared>, pod: Arc<Pod>, listener: TcpListener, kind:
         }
     }
     match queued(listener) {
-        Ok(sockets) => sockets.for_each(|socket| start(&shared, &pod, room, socket, kind)),
+        Ok(sockets) => sockets.for_each(|accepted| start(&shared, &pod, room, accepted, kind)),
         Err(error) => tracing::warn!(pod = %pod.uid, ?kind, %error, "connections not yet accepted are reset"),
     }
 }
 
 /// What waits in a listener's queue: closing the listener would reset it. The socket itself is asked, as the
 /// runtime's listener knows only what its last look at the socket said.
-fn queued(listener: TcpListener) -> io::Result<impl Iterator<Item = TcpStream>> {
+fn queued(listener: TcpListener) -> io::Result<impl Iterator<Item = (TcpStream, SocketAddr)>> {
     let listener = listener.into_std()?;
     Ok(std::iter::from_fn(move || {
         loop {
             match listener.accept() {
-                Ok((socket, _)) => return Some(socket),
+                Ok(accepted) => return Some(accepted),
                 Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 // Nothing is left, or nothing can be taken any more.
@@ -136,14 +145,20 @@ fn queued(listener: TcpListener) -> io::Result<impl Iterator<Item = TcpStream>> 
         }
     })
     .take(QUEUE)
-    .filter_map(|socket| {
+    .filter_map(|(socket, peer)| {
         socket.set_nonblocking(true).ok()?;
-        TcpStream::from_std(socket).ok()
+        Some((TcpStream::from_std(socket).ok()?, peer))
     }))
 }
 
 /// Hands a connection to a worker, where it stays.
-fn start(shared: &Arc<Shared>, pod: &Arc<Pod>, room: &Arc<Semaphore>, socket: TcpStream, kind: Kind) {
+fn start(
+    shared: &Arc<Shared>,
+    pod: &Arc<Pod>,
+    room: &Arc<Semaphore>,
+    (socket, peer): (TcpStream, SocketAddr),
+    kind: Kind,
+) {
     if !matches!(kind, Kind::Outbound) {
         pod.net.accepted(&socket);
     }
@@ -163,9 +178,17 @@ fn start(shared: &Arc<Shared>, pod: &Arc<Pod>, room: &Arc<Semaphore>, socket: Tc
             return;
         }
     };
-    let hold = shared.drain.hold();
-    let serve = serve(shared.clone(), pod.clone(), socket, kind, (permit, hold));
-    shared.tasks.spawn_on(worker, "connection", serve);
+    let room = (permit, shared.drain.hold());
+    let (tasks, shared, pod) = (shared.tasks.clone(), shared.clone(), pod.clone());
+    match kind {
+        Kind::Outbound => {
+            tasks.spawn_on(worker, "connection", outbound::serve(shared, pod, socket, peer, room))
+        }
+        Kind::Inbound => {
+            tasks.spawn_on(worker, "connection", inbound::plain::serve(shared, pod, socket, peer, room))
+        }
+        Kind::Tunnel => tasks.spawn_on(worker, "connection", inbound::tunnel::serve(shared, pod, socket, room)),
+    };
 }
 
 /// A socket belongs to the runtime that polls it.
@@ -175,41 +198,34 @@ fn move_to(worker: &Handle, socket: TcpStream) -> io::Result<TcpStream> {
     TcpStream::from_std(socket)
 }
 
-/// Serves one connection until it ends or its Pod is closed, for which each kind looks where it costs least.
-async fn serve(
-    shared: Arc<Shared>,
+/// What remains of a connection once it is set up. Boxed by itself: a connection lives longer than its set-up, and where
+/// its bytes pass unseen, all that each of them needs lies together.
+pub(crate) type Serving = Pin<Box<dyn Future<Output = ()> + Send>>;
+
+/// Sets a connection up, which ends with its Pod, and serves it, which looks for that where it costs least. `held` is given
+/// back at the end.
+pub(crate) fn connection<F>(
     pod: Arc<Pod>,
-    socket: TcpStream,
-    kind: Kind,
-    _room: (OwnedSemaphorePermit, DrainHold),
-) {
-    match kind {
-        Kind::Outbound => outbound::serve(shared, pod, socket).await,
-        Kind::Inbound => inbound::plain::serve(shared, pod, socket).await,
-        Kind::Tunnel => {
-            let closing = pod.clone();
-            tokio::select! {
-                biased;
-                // Boxed: there are few, and their state is large.
-                () = Box::pin(inbound::tunnel::serve(shared, pod, socket)) => {}
-                () = closing.closed() => {}
-            }
+    held: impl Send,
+    set_up: impl FnOnce(Arc<Pod>) -> F + Send,
+) -> impl Future<Output = ()> + Send
+where
+    F: Future<Output = Option<Serving>> + Send,
+{
+    let set_up = Box::pin(async move {
+        let closing = pod.clone();
+        // Pinned where it is made: it is large.
+        let mut set_up = pin!(set_up(pod));
+        tokio::select! {
+            biased;
+            serving = &mut set_up => serving,
+            () = closing.closed() => None,
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// The size of what a function's future holds.
-    fn state<A, B, C, D, E, F>(_: impl Fn(A, B, C, D, E) -> F) -> usize {
-        size_of::<F>()
-    }
-
-    #[test]
-    fn a_connection_that_rests_holds_little() {
-        let size = state(serve);
-        assert!(size <= 1320, "{size} bytes for each connection, beside what was reached");
+    });
+    async move {
+        let _held = held;
+        if let Some(serving) = set_up.await {
+            serving.await;
+        }
     }
 }

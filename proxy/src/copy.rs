@@ -95,8 +95,8 @@ impl CopyError {
     }
 }
 
-/// Copies until both directions ended; the end of one is passed on as a half-close while the other goes on. `early`
-/// has been read from the client already.
+/// Copies until both directions ended; the end of one is passed on as a half-close while the other goes on, that of the
+/// last one perhaps only as the close that follows. `early` has been read from the client already.
 ///
 /// # Errors
 /// On the first failure of either side, when nothing moved for `idle` (noticed after at most twice that), or with what
@@ -125,11 +125,11 @@ where
     async move {
         let copy = beside(
             std::future::poll_fn(|cx| {
-                let sent = up.poll(cx, client, server, |n| traffic.add_sent(n));
+                let sent = up.poll(cx, client, server, down.done, |n| traffic.add_sent(n));
                 if let Poll::Ready(Err(side)) = sent {
                     return Poll::Ready(Err(side.error(true)));
                 }
-                let received = down.poll(cx, server, client, |n| traffic.add_received(n));
+                let received = down.poll(cx, server, client, up.done, |n| traffic.add_received(n));
                 if let Poll::Ready(Err(side)) = received {
                     return Poll::Ready(Err(side.error(false)));
                 }
@@ -180,6 +180,11 @@ pub trait Copied: AsyncRead + AsyncWrite + Unpin {
     ) -> Option<Poll<Result<usize, Failed>>> {
         None
     }
+
+    /// Whether to drop it, once all that it sends was read, tells its peer that no more comes.
+    fn closes(&self) -> bool {
+        false
+    }
 }
 
 /// The failing side of one direction.
@@ -222,6 +227,7 @@ impl Direction {
         cx: &mut Context<'_>,
         reader: &mut R,
         writer: &mut W,
+        last: bool,
         count: impl Fn(u64),
     ) -> Poll<Result<(), Failed>> {
         if self.done {
@@ -238,7 +244,9 @@ impl Direction {
                 (self.rest, self.start) = (Vec::new(), 0);
             }
             if self.read_done {
-                ready!(Pin::new(&mut *writer).poll_shutdown(cx)).map_err(Failed::Writer)?;
+                if !(last && writer.closes()) {
+                    ready!(Pin::new(&mut *writer).poll_shutdown(cx)).map_err(Failed::Writer)?;
+                }
                 self.done = true;
                 return Poll::Ready(Ok(()));
             }

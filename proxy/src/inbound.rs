@@ -70,7 +70,7 @@ impl Arrival {
 /// An admitted connection.
 pub enum Admitted {
     /// Its bytes pass unseen; the application is connected.
-    Opaque(Box<Opened>),
+    Opaque(Opened),
     /// Its requests are judged one by one.
     Http(Box<Http>),
 }
@@ -81,12 +81,18 @@ pub struct Opened {
     pub socket: Socket,
     /// Decides how the socket closes: reset until a clean end is seen.
     pub cut: Cut,
+    /// Its bytes.
+    pub traffic: Arc<Traffic>,
+    /// What no byte needs.
+    pub seldom: Box<Seldom>,
+}
+
+/// What of an [`Opened`] connection is needed at its ends. Away from what each byte needs, which lies close together so.
+pub struct Seldom {
     /// Its place in the registry.
     pub registration: Registration,
     /// Its records.
     pub session: Session,
-    /// Its bytes.
-    pub traffic: Arc<Traffic>,
     _open: OpenConnection,
 }
 
@@ -147,7 +153,8 @@ pub async fn admit(shared: &Arc<Shared>, pod: &Arc<Pod>, arrival: Arrival) -> Re
             let cut = socket.cut();
             cut.set(true);
             let _open = OpenConnection::new(pair);
-            Ok(Admitted::Opaque(Box::new(Opened { socket, cut, registration, session, traffic, _open })))
+            let seldom = Box::new(Seldom { registration, session, _open });
+            Ok(Admitted::Opaque(Opened { socket, cut, traffic, seldom }))
         }
         Outcome::JudgeHttp => {
             session.opened();

@@ -3,6 +3,7 @@
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::Arc,
+    time::Duration,
 };
 
 use futures_util::future::Either;
@@ -13,6 +14,7 @@ use weft_core::{
 };
 
 use crate::{
+    accept::{self, Room, Serving},
     balance::Lease,
     beside::beside,
     connections::{Entry, Registration},
@@ -36,22 +38,14 @@ use connect::Dialler;
 use resolve::{Resolved, Unresolved};
 
 /// Serves one accepted outbound connection.
-pub async fn serve(shared: Arc<Shared>, pod: Arc<Pod>, accepted: TcpStream) {
-    // Boxed: a connection lives longer than its set-up.
-    let set_up = Box::pin(set_up(shared, pod.clone(), accepted));
-    let served = tokio::select! {
-        biased;
-        served = set_up => served,
-        () = pod.closed() => return,
-    };
-    match served {
-        Some((outbound, mut app, Served::Opaque(reached))) => outbound.copy(&mut app, reached).await,
-        // Boxed: its state is much larger than that of a connection whose bytes pass unseen.
-        Some((outbound, app, Served::Http { service, port })) => {
-            Box::pin(outbound.http(app, service, port)).await;
-        }
-        None => {}
-    }
+pub fn serve(
+    shared: Arc<Shared>,
+    pod: Arc<Pod>,
+    accepted: TcpStream,
+    peer: SocketAddr,
+    room: Room,
+) -> impl Future<Output = ()> + Send {
+    accept::connection(pod, room, move |pod| set_up(shared, pod, accepted, peer))
 }
 
 /// How a connection is served.
@@ -67,7 +61,8 @@ async fn set_up(
     shared: Arc<Shared>,
     pod: Arc<Pod>,
     accepted: TcpStream,
-) -> Option<(Outbound, Socket, Served)> {
+    peer: SocketAddr,
+) -> Option<Serving> {
     let original = match pod.net.original_dst(&accepted) {
         Ok(Some(original)) => original,
         Ok(None) => {
@@ -82,7 +77,6 @@ async fn set_up(
             return None;
         }
     };
-    let peer = accepted.peer_addr().ok()?;
     let app = reset(accepted);
     let Some(source) = shared.wait(|state| state.workload(&pod.uid).cloned()).await else {
         tracing::warn!(pod = %pod.uid, "a connection was refused: nobody described its Pod");
@@ -95,8 +89,13 @@ async fn set_up(
         source,
         original,
     };
-    let served = outbound.resolve(&app).await?;
-    Some((outbound, app, served))
+    Some(match outbound.resolve(&app).await? {
+        Served::Opaque(reached) => {
+            let Outbound { shared, pod, source, .. } = outbound;
+            Box::pin(copy(shared.config.idle_timeout, pod, source, app, reached))
+        }
+        Served::Http { service, port } => Box::pin(async move { outbound.http(app, service, port).await }),
+    })
 }
 
 /// The application's socket, to be reset unless its connection ends well.
@@ -302,7 +301,7 @@ impl Outbound {
         let lease = self.pod.balancer.lease(target.address);
         let dialler = self.dialler();
         let connected = tokio::select! {
-            connected = dialler.connect(target, early) => connected,
+            connected = dialler.connect(target, pair.clone(), early) => connected,
             reason = registration.cut() => Err(ConnectError::new(reason, "cut while connecting")),
         };
         match connected {
@@ -314,14 +313,8 @@ impl Outbound {
                     let identity = target.workload.as_ref().map(|w| w.identity.clone());
                     session.record.destination.identity = identity;
                 }
-                Ok(Box::new(Reached {
-                    _lease: lease,
-                    early: Vec::new(),
-                    traffic,
-                    registration,
-                    session,
-                    upstream,
-                }))
+                let seldom = Box::new(Seldom { _lease: lease, registration, session });
+                Ok(Box::new(Reached { early: Vec::new(), traffic, upstream, seldom }))
             }
             Err(error) => {
                 pair.failed(error.reason);
@@ -331,34 +324,69 @@ impl Outbound {
             }
         }
     }
+}
 
-    async fn copy(&self, app: &mut Socket, mut reached: Box<Reached>) {
-        let Reached { early, upstream, session, registration, traffic, .. } = &mut *reached;
-        let early = std::mem::take(early);
-        session.opened();
-        let upstream_cut = upstream.cut();
-        upstream_cut.set(true);
-        let (idle, end) = (self.shared.config.idle_timeout, registration.ended(&self.pod));
-        match copy::both(app, upstream, early, traffic, idle, end).await {
+/// Copies between an application and the endpoint that was reached for it, until the end.
+fn copy(
+    idle: Duration,
+    pod: Arc<Pod>,
+    source: Arc<Workload>,
+    mut app: Socket,
+    reached: Box<Reached>,
+) -> impl Future<Output = ()> + Send {
+    // Here and not in the block, where what is given and what it becomes would both have room.
+    let Reached { early, traffic, mut upstream, mut seldom } = *reached;
+    let upstream_cut = upstream.cut();
+    upstream_cut.set(true);
+    seldom.session.opened();
+    async move {
+        let end = seldom.registration.ended(&pod);
+        match copy::both(&mut app, &mut upstream, early, &traffic, idle, end).await {
             Ok(()) => {
                 app.cut().set(false);
                 upstream_cut.set(false);
             }
             Err(error) => {
-                session.fail(error.reason());
-                tracing::debug!(pod = %self.source.name, %error, "a connection failed");
+                seldom.session.fail(error.reason());
+                tracing::debug!(pod = %source.name, %error, "a connection failed");
             }
         }
+        // The connection ends last, when everybody has been told.
+        drop(seldom);
+        drop(upstream);
     }
 }
 
-/// An endpoint that was connected to. Its connection ends last, when everybody has been told.
+/// An endpoint that was connected to.
 struct Reached {
-    _lease: Lease,
     /// Read from the application, and not sent yet.
     early: Vec<u8>,
     traffic: Arc<Traffic>,
+    upstream: Upstream,
+    seldom: Box<Seldom>,
+}
+
+/// What of it no byte needs.
+struct Seldom {
+    _lease: Lease,
     registration: Registration,
     session: Session,
-    upstream: Upstream,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The size of what a function's future holds.
+    fn state<A, B, C, D, E, F>(_: impl Fn(A, B, C, D, E) -> F) -> usize {
+        size_of::<F>()
+    }
+
+    #[test]
+    fn a_connection_that_rests_holds_little() {
+        let (task, copied, seldom) = (state(serve), state(copy), size_of::<Seldom>());
+        assert!(task <= 96, "{task} bytes for each connection");
+        assert!(copied <= 448, "{copied} bytes where its bytes pass unseen");
+        assert!(seldom <= 640, "{seldom} bytes that are seldom needed");
+    }
 }

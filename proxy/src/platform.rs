@@ -48,8 +48,8 @@ pub trait PodNet: Send + Sync + fmt::Debug + 'static {
     /// When the namespace is gone or descriptors run out.
     fn socket(&self, family: Family, shown: Option<SocketAddr>) -> io::Result<TcpSocket>;
 
-    /// What the application dialled; taken once. `None` where the connection was not steered here by the
-    /// kernel: the proxy closes such a connection.
+    /// What the application dialled; to be asked once for each socket. `None` where the connection was not steered here
+    /// by the kernel: the proxy closes such a connection.
     ///
     /// # Errors
     /// When the kernel refuses the lookup.

@@ -118,6 +118,13 @@ impl Copied for Upstream {
             Way::Plain(_) | Way::Local(_) | Way::Judged(_) => None,
         }
     }
+
+    fn closes(&self) -> bool {
+        match &self.way {
+            Way::Plain(_) | Way::Local(_) => true,
+            Way::Tunnel(_) | Way::Judged(_) => false,
+        }
+    }
 }
 
 impl AsyncRead for Upstream {
@@ -170,8 +177,8 @@ impl AsyncRead for Opened {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        if let Poll::Ready(reason) = self.registration.poll_cut(cx) {
-            self.session.fail(reason);
+        if let Poll::Ready(reason) = self.seldom.registration.poll_cut(cx) {
+            self.seldom.session.fail(reason);
             self.cut.set(true);
             return Poll::Ready(Err(io::Error::new(
                 io::ErrorKind::ConnectionAborted,

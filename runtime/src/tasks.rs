@@ -6,7 +6,9 @@ use std::{
     fmt,
     future::Future,
     panic::AssertUnwindSafe,
+    pin::Pin,
     sync::Arc,
+    task::{Context, Poll},
     time::Duration,
 };
 
@@ -19,7 +21,7 @@ use prometheus_client::{
 };
 use tokio::{
     runtime::Handle,
-    sync::{Notify, watch},
+    sync::Notify,
     task::AbortHandle,
     time::timeout,
 };
@@ -56,7 +58,8 @@ pub enum VitalOutcome {
 #[derive(Default)]
 struct Shared {
     state: Mutex<State>,
-    count: watch::Sender<usize>,
+    /// The last task ended.
+    none: Notify,
     vital_ended: Notify,
     running: Family<TaskLabels, Gauge>,
     panics: Family<TaskLabels, Counter>,
@@ -103,15 +106,9 @@ impl Tasks {
     where
         F: Future<Output = ()> + Send + 'static,
     {
-        let shared = Arc::clone(&self.shared);
         // Each of the futures around it would hold it twice: once until it is polled, once while it is.
         let f = Box::pin(f);
-        self.start(runtime, name, async move {
-            // The panic ends this task alone; whatever it shared is behind locks that do not poison.
-            if let Err(panic) = AssertUnwindSafe(f).catch_unwind().await {
-                shared.panicked(name, &message(panic.as_ref()));
-            }
-        })
+        self.start(runtime, name, |live| Caught { live, f })
     }
 
     /// Starts a task that must run as long as the process: its end, however it comes, is reported by
@@ -123,8 +120,8 @@ impl Tasks {
     where
         F: Future<Output = Result<(), Box<dyn Error + Send + Sync>>> + Send + 'static,
     {
-        let shared = Arc::clone(&self.shared);
-        self.start(&Handle::current(), name, async move {
+        self.start(&Handle::current(), name, |live| async move {
+            let shared = &live.shared;
             let outcome = match AssertUnwindSafe(f).catch_unwind().await {
                 Ok(Ok(())) => VitalOutcome::Completed,
                 Ok(Err(error)) => VitalOutcome::Failed(error),
@@ -157,8 +154,7 @@ impl Tasks {
     /// Waits until every task has ended, at most for `deadline`; then aborts the rest and returns how many that
     /// were.
     pub async fn join(&self, deadline: Duration) -> usize {
-        let mut count = self.shared.count.subscribe();
-        if timeout(deadline, count.wait_for(|live| *live == 0)).await.is_ok() {
+        if timeout(deadline, self.empty()).await.is_ok() {
             return 0;
         }
         let aborted: Vec<(&'static str, AbortHandle)> = {
@@ -169,10 +165,24 @@ impl Tasks {
             tracing::warn!(task = name, "aborted: it did not end within the deadline");
             handle.abort();
         }
-        if timeout(ABORT_GRACE, count.wait_for(|live| *live == 0)).await.is_err() {
+        if timeout(ABORT_GRACE, self.empty()).await.is_err() {
             tracing::warn!(left = self.len(), "tasks block their thread and could not be aborted");
         }
         aborted.len()
+    }
+
+    /// Ends when no task is alive.
+    async fn empty(&self) {
+        let mut none = std::pin::pin!(self.shared.none.notified());
+        loop {
+            // Before the look, so that an end after it is heard of.
+            none.as_mut().enable();
+            if self.is_empty() {
+                return;
+            }
+            none.as_mut().await;
+            none.set(self.shared.none.notified());
+        }
     }
 
     /// Tasks alive.
@@ -191,19 +201,14 @@ impl Tasks {
         registry.register("weft_task_panics", "Tasks ended by a panic, by name", self.shared.panics.clone());
     }
 
-    fn start<F>(&self, runtime: &Handle, name: &'static str, f: F) -> AbortHandle
+    fn start<F>(&self, runtime: &Handle, name: &'static str, task: impl FnOnce(Live) -> F) -> AbortHandle
     where
         F: Future<Output = ()> + Send + 'static,
     {
         let live = Live::register(Arc::clone(&self.shared), name);
         let id = live.id;
         #[expect(clippy::disallowed_methods, reason = "the one place where tasks start")]
-        let handle = runtime
-            .spawn(async move {
-                let _live = live;
-                f.await;
-            })
-            .abort_handle();
+        let handle = runtime.spawn(task(live)).abort_handle();
         // The task may have ended already; then its entry is gone and must not come back.
         if let Some(entry) = self.shared.state.lock().live.get_mut(&id) {
             entry.handle = Some(handle.clone());
@@ -252,6 +257,7 @@ impl Shared {
 /// One task's entry; dropped with the task, also when it is aborted or never polled.
 struct Live {
     shared: Arc<Shared>,
+    name: &'static str,
     id: u64,
     running: Gauge,
 }
@@ -267,16 +273,45 @@ impl Live {
             state.live.insert(id, Entry { name, handle: None });
             id
         };
-        shared.count.send_modify(|count| *count += 1);
-        Self { shared, id, running }
+        Self { shared, name, id, running }
     }
 }
 
 impl Drop for Live {
     fn drop(&mut self) {
-        self.shared.state.lock().live.remove(&self.id);
-        self.shared.count.send_modify(|count| *count -= 1);
         self.running.dec();
+        let none = {
+            let mut state = self.shared.state.lock();
+            state.live.remove(&self.id);
+            state.live.is_empty()
+        };
+        if none {
+            self.shared.none.notify_waiters();
+        }
+    }
+}
+
+/// A task whose panic ends it alone. Made by hand: there is one for each connection, and what holds futures of futures is
+/// spread over more memory than this.
+struct Caught<F> {
+    f: Pin<Box<F>>,
+    /// Last: a task is alive until all that it held is gone.
+    live: Live,
+}
+
+impl<F> Future for Caught<F>
+where
+    F: Future<Output = ()>,
+{
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        let f = self.f.as_mut();
+        // Whatever it shared is behind locks that do not poison.
+        std::panic::catch_unwind(AssertUnwindSafe(|| f.poll(cx))).unwrap_or_else(|panic| {
+            self.live.shared.panicked(self.live.name, &message(panic.as_ref()));
+            Poll::Ready(())
+        })
     }
 }
 

@@ -198,7 +198,7 @@ impl PodNet for PodNetwork {
             if meta.kind != kind::ACCEPTED_OUT {
                 return Ok(None);
             }
-            self.maps.sk_meta.delete(&fd).map_err(io::Error::other)?;
+            // The entry ends with its socket.
             return Ok(Some(OriginalDst {
                 address: addr::socket(meta.addr, meta.port),
                 connection: meta.cookie,

@@ -1,6 +1,9 @@
 //! Plain connections from outside the mesh, and the same-node shortcut.
 
-use std::{net::IpAddr, sync::Arc};
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
 
 use socket2::SockRef;
 use tokio::net::TcpStream;
@@ -11,6 +14,7 @@ use super::{
     tunnel::{opaque, serve_http},
 };
 use crate::{
+    accept::{self, Serving},
     connections::Source,
     l7::ConnectError,
     metrics::Pair,
@@ -24,10 +28,26 @@ use crate::{
 /// Bytes buffered in memory in each direction towards a Pod of this node whose requests are judged.
 const MEMORY: usize = 64 * 1024;
 
-/// Serves one accepted plain connection.
-pub async fn serve(shared: Arc<Shared>, pod: Arc<Pod>, accepted: TcpStream) {
+/// Serves one accepted plain connection, and holds `held` meanwhile.
+pub fn serve(
+    shared: Arc<Shared>,
+    pod: Arc<Pod>,
+    accepted: TcpStream,
+    client: SocketAddr,
+    held: impl Send,
+) -> impl Future<Output = ()> + Send {
+    accept::connection(pod, held, move |pod| set_up(shared, pod, accepted, client))
+}
+
+/// Judges a connection, and connects it to the application.
+async fn set_up(
+    shared: Arc<Shared>,
+    pod: Arc<Pod>,
+    accepted: TcpStream,
+    client: SocketAddr,
+) -> Option<Serving> {
     let connection = SockRef::from(&accepted).cookie().unwrap_or_default();
-    let (Ok(client), Ok(destination)) = (accepted.peer_addr(), accepted.local_addr()) else { return };
+    let destination = accepted.local_addr().ok()?;
     let mut accepted = Socket::new(accepted);
     let cut = accepted.cut();
     cut.set(true);
@@ -36,7 +56,7 @@ pub async fn serve(shared: Arc<Shared>, pod: Arc<Pod>, accepted: TcpStream) {
     if own_port || reserved(client.ip()) {
         shared.metrics.loops.inc();
         tracing::warn!(%client, %destination, "a connection from the proxy to itself was closed");
-        return;
+        return None;
     }
     let arrival = Arrival {
         connection,
@@ -48,23 +68,24 @@ pub async fn serve(shared: Arc<Shared>, pod: Arc<Pod>, accepted: TcpStream) {
         credentials: None,
         validity: None,
     };
-    // Boxed: a connection lives longer than its set-up.
-    let admit = Box::pin(admit(&shared, &pod, arrival));
-    let admitted = tokio::select! {
-        biased;
-        admitted = admit => admitted,
-        () = pod.closed() => return,
-    };
-    match admitted {
-        Ok(Admitted::Opaque(mut opened)) => match opaque(&shared, &pod, &mut accepted, &mut opened).await {
-            Reason::None => cut.set(false),
-            reason => opened.session.fail(reason),
-        },
+    match admit(&shared, &pod, arrival).await {
+        Ok(Admitted::Opaque(mut opened)) => {
+            let idle = shared.config.idle_timeout;
+            Some(Box::pin(async move {
+                match opaque(idle, &pod, &mut accepted, &mut opened).await {
+                    Reason::None => cut.set(false),
+                    reason => opened.seldom.session.fail(reason),
+                }
+            }))
+        }
         Ok(Admitted::Http(http)) => {
             cut.set(false);
-            Box::pin(serve_http(&shared, &pod, *http, accepted)).await;
+            Some(Box::pin(async move { serve_http(&shared, &pod, *http, accepted).await }))
         }
-        Err(error) => tracing::debug!(%client, %destination, %error, "a plain connection was refused"),
+        Err(error) => {
+            tracing::debug!(%client, %destination, %error, "a plain connection was refused");
+            None
+        }
     }
 }
 
@@ -92,7 +113,7 @@ pub async fn local(
         "the kernel proves who calls on a node"
     );
     match admit(shared, pod, arrival).await? {
-        Admitted::Opaque(opened) => Ok(Upstream::new(Way::Local(opened), Tls::Local, pair)),
+        Admitted::Opaque(opened) => Ok(Upstream::new(Way::Local(Box::new(opened)), Tls::Local, pair)),
         Admitted::Http(http) => {
             let (near, far) = pipe(MEMORY);
             let (shared, pod) = (shared.clone(), pod.clone());

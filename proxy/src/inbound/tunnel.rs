@@ -1,14 +1,22 @@
 //! Tunnels that other proxies open to a Pod of this node.
 
-use std::{net::SocketAddr, pin::Pin, sync::Arc, time::SystemTime};
+use std::{
+    net::SocketAddr,
+    pin::pin,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use futures_util::future::Either;
+use futures_util::FutureExt as _;
 use http::StatusCode;
 use tokio::net::TcpStream;
 use weft_core::{SpiffeId, Workload, flow::Reason};
+use weft_runtime::DrainHold;
 
 use super::{Admitted, Arrival, Http, Opened, admit};
 use crate::{
+    accept::{self, Room, Serving},
     beside::beside,
     connections::Source,
     copy::{self, Copied},
@@ -22,8 +30,13 @@ use crate::{
     },
 };
 
-/// Serves one accepted connection at the tunnel port.
-pub async fn serve(shared: Arc<Shared>, pod: Arc<Pod>, socket: TcpStream) {
+/// Serves one accepted connection at the tunnel port until it ends or its Pod is closed.
+pub async fn serve(shared: Arc<Shared>, pod: Arc<Pod>, socket: TcpStream, _room: Room) {
+    let closing = pod.clone();
+    let _ended = beside(pin!(tunnel(shared, pod, socket)), Box::pin(closing.closed())).await;
+}
+
+async fn tunnel(shared: Arc<Shared>, pod: Arc<Pod>, socket: TcpStream) {
     let Some(own) = shared.state().workload(&pod.uid).map(|w| w.identity.clone()) else {
         tracing::warn!(pod = %pod.uid, "a tunnel was refused: nobody described the Pod");
         return;
@@ -55,13 +68,8 @@ pub async fn serve(shared: Arc<Shared>, pod: Arc<Pod>, socket: TcpStream) {
     server.share(&shared.proven, ends);
     let caller = Caller { session: server.session().clone(), peer, own };
     let serve = |incoming: Incoming| {
-        let (shared, pod) = (shared.clone(), pod.clone());
-        let hold = shared.drain.hold();
-        let set_up: SetUp = Box::pin(set_up(shared.clone(), pod.clone(), caller.clone(), incoming));
-        shared.tasks.clone().spawn("tunnel-stream", async move {
-            stream(shared, pod, set_up).await;
-            drop(hold);
-        });
+        let stream = stream(shared.clone(), pod.clone(), caller.clone(), incoming, shared.drain.hold());
+        shared.tasks.spawn("tunnel-stream", stream);
     };
     let malformed = |problem: &'static str| {
         shared.metrics.malformed.inc();
@@ -80,19 +88,15 @@ struct Caller {
     own: SpiffeId,
 }
 
-/// Boxed: a connection lives longer than its set-up.
-type SetUp = Pin<Box<dyn Future<Output = Option<(Admitted, Stream)>> + Send>>;
-
 /// One stream of a tunnel, until it ends or its Pod is closed.
-async fn stream(shared: Arc<Shared>, pod: Arc<Pod>, set_up: SetUp) {
-    let done = tokio::select! {
-        biased;
-        done = set_up => done,
-        () = pod.closed() => return,
-    };
-    if let Some((admitted, stream)) = done {
-        forward(&shared, &pod, admitted, stream).await;
-    }
+fn stream(
+    shared: Arc<Shared>,
+    pod: Arc<Pod>,
+    caller: Caller,
+    incoming: Incoming,
+    hold: DrainHold,
+) -> impl Future<Output = ()> + Send {
+    accept::connection(pod, hold, move |pod| set_up(shared, pod, caller, incoming))
 }
 
 /// Judges a CONNECT, connects to the application, and answers.
@@ -101,7 +105,7 @@ async fn set_up(
     pod: Arc<Pod>,
     caller: Caller,
     incoming: Incoming,
-) -> Option<(Admitted, Stream)> {
+) -> Option<Serving> {
     if caller.session.validity.ended(SystemTime::now()) {
         // Nothing of it was done: the peer may ask again, under a new certificate.
         incoming.postpone();
@@ -141,7 +145,12 @@ async fn set_up(
     };
     match admit(&shared, &pod, arrival).await {
         Ok(admitted) => match incoming.accept() {
-            Ok(stream) => Some((admitted, stream)),
+            Ok(stream) => Some(match admitted {
+                Admitted::Opaque(opened) => Box::pin(forward(shared.config.idle_timeout, pod, opened, stream)),
+                Admitted::Http(http) => {
+                    Box::pin(async move { serve_http(&shared, &pod, *http, stream).await })
+                }
+            }),
             Err(error) => {
                 tracing::debug!(%error, "the peer went away before the answer");
                 None
@@ -210,34 +219,41 @@ fn status(error: &ConnectError) -> StatusCode {
     }
 }
 
-async fn forward(shared: &Arc<Shared>, pod: &Pod, admitted: Admitted, mut stream: Stream) {
-    match admitted {
-        Admitted::Opaque(mut opened) => {
-            let reason = opaque(shared, pod, &mut stream, &mut opened).await;
-            if reason != Reason::None {
-                opened.session.fail(reason);
-                stream.abort();
-            }
+fn forward(
+    idle: Duration,
+    pod: Arc<Pod>,
+    mut opened: Opened,
+    mut stream: Stream,
+) -> impl Future<Output = ()> + Send {
+    async move {
+        let reason = opaque(idle, &pod, &mut stream, &mut opened).await;
+        if reason != Reason::None {
+            opened.seldom.session.fail(reason);
+            stream.abort();
         }
-        // Boxed: its state is much larger than that of a connection whose bytes pass unseen.
-        Admitted::Http(http) => Box::pin(serve_http(shared, pod, *http, stream)).await,
+        drop(opened);
     }
 }
 
 /// Copies until the end; [`Reason::None`] for a clean one, after which the application's socket closes cleanly.
-pub(super) async fn opaque<C>(shared: &Shared, pod: &Pod, client: &mut C, opened: &mut Opened) -> Reason
+pub(super) fn opaque<'a, C>(
+    idle: Duration,
+    pod: &'a Pod,
+    client: &'a mut C,
+    opened: &'a mut Opened,
+) -> impl Future<Output = Reason> + 'a
 where
     C: Copied,
 {
-    let Opened { socket, registration, traffic, .. } = opened;
-    let (idle, end) = (shared.config.idle_timeout, registration.ended(pod));
-    match copy::both(client, socket, Vec::new(), traffic, idle, end).await {
+    let Opened { socket, traffic, seldom, cut } = opened;
+    let copied = copy::both(client, socket, Vec::new(), traffic, idle, seldom.registration.ended(pod));
+    copied.map(|copied| match copied {
         Ok(()) => {
-            opened.cut.set(false);
+            cut.set(false);
             Reason::None
         }
         Err(error) => error.reason(),
-    }
+    })
 }
 
 /// Serves HTTP until the connection ends or is cut.
@@ -266,17 +282,22 @@ fn canonical(address: SocketAddr) -> SocketAddr {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::Seldom, *};
 
     /// The size of what a function's future holds.
-    fn state<A, B, C, F>(_: impl Fn(A, B, C) -> F) -> usize {
+    fn state<A, B, C, D, E, F>(_: impl Fn(A, B, C, D, E) -> F) -> usize {
+        size_of::<F>()
+    }
+
+    fn copied<A, B, C, D, F>(_: impl Fn(A, B, C, D) -> F) -> usize {
         size_of::<F>()
     }
 
     #[test]
     fn a_stream_that_rests_holds_little() {
-        let size = state(stream);
-        assert!(size <= 1000, "{size} bytes for each stream, beside what was opened");
-        assert!(size_of::<Opened>() <= 720, "{} bytes of what was opened", size_of::<Opened>());
+        let (task, copied, seldom) = (state(stream), copied(forward), size_of::<Seldom>());
+        assert!(task <= 64, "{task} bytes for each stream");
+        assert!(copied <= 384, "{copied} bytes where its bytes pass unseen");
+        assert!(seldom <= 640, "{seldom} bytes that are seldom needed");
     }
 }

@@ -52,14 +52,15 @@ impl Dialler {
         self.shared.metrics.pair(Reported::Source, Side::workload(&self.source), side)
     }
 
-    /// Connects to an endpoint. An enrolled one is reached authenticated or not at all. What of `early` did not go along
-    /// is still to be sent.
+    /// Connects to an endpoint, and counts that in `pair`. An enrolled one is reached authenticated or not at all. What of
+    /// `early` did not go along is still to be sent.
     ///
     /// # Errors
     /// When it cannot be reached, is not who it should be, or refuses.
     pub(super) async fn connect(
         &self,
         target: &Target,
+        pair: Arc<Pair>,
         early: &mut Early<'_>,
     ) -> Result<Upstream, ConnectError> {
         let Some(chosen) = &target.workload else {
@@ -68,7 +69,7 @@ impl Dialler {
                 let text = format!("nobody described the mesh's address {}", target.address.ip());
                 return Err(ConnectError::new(Reason::UnknownPeer, text));
             }
-            return self.plain(target).await;
+            return self.plain(target, pair).await;
         };
         // The Pod may have been enrolled or removed since it was chosen.
         let state = self.shared.state();
@@ -77,16 +78,16 @@ impl Dialler {
             return Err(ConnectError::new(Reason::ConnectFailure, text));
         };
         if !workload.mode.enrolled() {
-            return self.plain(target).await;
+            return self.plain(target, pair).await;
         }
         let here = self.shared.pod(&workload.uid).filter(|_| state.shortcut(&self.source, workload));
         match here {
-            Some(pod) => self.local(target, &pod).await,
-            None => self.tunnel(target, workload, early).await,
+            Some(pod) => self.local(target, pair, &pod).await,
+            None => self.tunnel(target, pair, workload, early).await,
         }
     }
 
-    async fn plain(&self, target: &Target) -> Result<Upstream, ConnectError> {
+    async fn plain(&self, target: &Target, pair: Arc<Pair>) -> Result<Upstream, ConnectError> {
         let failed = |error: std::io::Error| {
             ConnectError::new(
                 Reason::ConnectFailure,
@@ -101,10 +102,15 @@ impl Dialler {
             })?
             .map_err(failed)?;
         socket::tune(&stream);
-        Ok(Upstream::new(Way::Plain(Socket::new(stream)), Tls::None, self.pair(target)))
+        Ok(Upstream::new(Way::Plain(Socket::new(stream)), Tls::None, pair))
     }
 
-    async fn local(&self, target: &Target, pod: &Arc<Pod>) -> Result<Upstream, ConnectError> {
+    async fn local(
+        &self,
+        target: &Target,
+        pair: Arc<Pair>,
+        pod: &Arc<Pod>,
+    ) -> Result<Upstream, ConnectError> {
         let port = target.address.port();
         if port == self.shared.config.tunnel_port || pod.ports.contains(&port) {
             self.shared.metrics.loops.inc();
@@ -120,12 +126,13 @@ impl Dialler {
             credentials: None,
             validity: None,
         };
-        plain::local(&self.shared, pod, arrival, self.pair(target)).await
+        plain::local(&self.shared, pod, arrival, pair).await
     }
 
     async fn tunnel(
         &self,
         target: &Target,
+        pair: Arc<Pair>,
         workload: &Workload,
         early: &mut Early<'_>,
     ) -> Result<Upstream, ConnectError> {
@@ -159,6 +166,6 @@ impl Dialler {
                 self.shared.metrics.peer_mismatches.inc();
             }
         })?;
-        Ok(Upstream::new(Way::Tunnel(stream), session.tls, self.pair(target)))
+        Ok(Upstream::new(Way::Tunnel(stream), session.tls, pair))
     }
 }

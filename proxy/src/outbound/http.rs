@@ -111,8 +111,10 @@ impl OutboundHandler for HttpOutbound {
     }
 
     async fn connect(&self, target: &Target) -> Result<Upstream, ConnectError> {
-        let upstream = self.dialler.connect(target, &mut Early::default()).await.inspect_err(|error| {
-            self.dialler.pair(target).failed(error.reason);
+        let pair = self.dialler.pair(target);
+        let connected = self.dialler.connect(target, pair.clone(), &mut Early::default()).await;
+        let upstream = connected.inspect_err(|error| {
+            pair.failed(error.reason);
         })?;
         let found =
             Known { target: target.clone(), tls: upstream.tls.clone(), pair: upstream.pair().clone() };

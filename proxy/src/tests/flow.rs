@@ -165,7 +165,8 @@ async fn plaintext_from_outside_is_judged_by_address() {
             mesh.police(&mut web, weft_core::policy::Action::Allow, vec![rule]);
         }
         let (mut outside, accepted, app) = super::support::plain(&web).await;
-        let serve = crate::inbound::plain::serve(shared.clone(), pod.clone(), accepted);
+        let client = accepted.peer_addr().expect("an address");
+        let serve = crate::inbound::plain::serve(shared.clone(), pod.clone(), accepted, client, ());
         let talk = async {
             if !allowed {
                 is_reset(&mut outside).await;

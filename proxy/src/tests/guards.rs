@@ -40,9 +40,9 @@ async fn no_connection_leads_from_the_proxy_to_itself() {
     socket.bind(([127, 0, 0, 6], 0).into()).expect("bound");
     let listener = web.listen().await;
     let mut outside = socket.connect(listener.local_addr().expect("an address")).await.expect("connected");
-    let (accepted, _) = listener.accept().await.expect("accepted");
+    let (accepted, client) = listener.accept().await.expect("accepted");
     let pod = shared.pod(&web.uid).expect("the Pod");
-    crate::inbound::plain::serve(shared.clone(), pod, accepted).await;
+    crate::inbound::plain::serve(shared.clone(), pod, accepted, client, ()).await;
     is_reset(&mut outside).await;
     looped("the proxy's source");
 }

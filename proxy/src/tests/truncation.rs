@@ -102,7 +102,8 @@ async fn a_plain_caller_is_reset_too() {
         let shared = node.proxy.shared();
         let pod = shared.pod(&web.uid).expect("the Pod");
         let (mut outside, accepted, app) = super::support::plain(&web).await;
-        let serve = crate::inbound::plain::serve(shared, pod, accepted);
+        let client = accepted.peer_addr().expect("an address");
+        let serve = crate::inbound::plain::serve(shared, pod, accepted, client, ());
         let talk = broken("plaintext", &mut outside, &app, case);
         soon("plaintext", async { tokio::join!(serve, talk) }).await;
     }
