@@ -3,7 +3,7 @@
 use std::{
     future::Future,
     io,
-    pin::Pin,
+    pin::{Pin, pin},
     task::{Context, Poll, ready},
     time::Instant,
 };
@@ -43,6 +43,8 @@ pub struct Connection {
     /// The peer said that it sends no more.
     closed: bool,
     farewell: Farewell,
+    /// What there is to say waits for what the sockets bring meanwhile.
+    waits: bool,
 }
 
 /// Records that the socket did not take yet.
@@ -87,17 +89,25 @@ impl Connection {
             fresh: true,
             closed: false,
             farewell: Farewell::None,
+            waits: false,
         }
     }
 
     /// One turn: writes, then reads. Whoever is woken by what was read works before the next turn, which writes for
-    /// all of them at once.
+    /// all of them at once. Where many streams are open, those that the sockets wake have a turn before it writes, too.
     fn turn(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
         // What came with the handshake's end is answered along with our own beginning.
         if self.fresh
             && let Poll::Ready(Err(error)) = self.read(cx)
         {
             return self.failed(error, cx);
+        }
+        // Once: the next turn writes.
+        self.waits = !self.waits && self.shared.with(|core| core.crowded());
+        if self.waits {
+            // Wakes this task once all sockets were looked at and whom they concern had a turn.
+            let _ = pin!(tokio::task::yield_now()).poll(cx);
+            return self.take_in(cx);
         }
         let now = Instant::now();
         // Frames are taken once those before them are on their way.
@@ -125,6 +135,11 @@ impl Connection {
             // Its answers come first; writability wakes this task.
             return Poll::Pending;
         }
+        self.take_in(cx)
+    }
+
+    /// Reads, and asks for another turn where something came.
+    fn take_in(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
         match ready!(self.read(cx)) {
             Ok(()) => {
                 cx.waker().wake_by_ref();

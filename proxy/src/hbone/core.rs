@@ -35,6 +35,8 @@ const PRIORITY: usize = 128 * 1024;
 const QUANTUM: usize = 64 * 1024;
 /// What it may give in a turn however many wait.
 const SHARE: usize = 16 * 1024;
+/// Streams from which on what one has to say waits for the others.
+const CROWD: usize = 16;
 /// The connection's own window: larger than what is ever under way.
 const CONNECTION_WINDOW: u32 = 16 * 1024 * 1024;
 /// What both ends begin with (RFC 9113 section 6.9.2).
@@ -318,6 +320,11 @@ impl Core {
                 stream.received.keep();
             }
         }
+    }
+
+    /// Whether something is to be written, and so many streams are open that more will soon be.
+    pub(super) fn crowded(&self) -> bool {
+        self.streams.len() >= CROWD && !self.out.is_empty()
     }
 
     /// The frames to be written now.

@@ -141,6 +141,52 @@ async fn bytes_pass_both_ways_and_ends_are_passed_on() {
     assert_eq!(two.end().await, Ok(()));
 }
 
+/// Two streams that speak at the same time, one of them because of something that its socket brings, are heard at once.
+#[tokio::test]
+async fn where_many_streams_are_open_they_speak_together() {
+    for (streams, together) in [(2, false), (20, true)] {
+        let (mut peer, (socket, tls)) = stranger().await;
+        let (mut requests, _control, server) = Connection::server(socket, tls, SETTINGS);
+        let _server = start(server);
+        let mut bytes = frame::PREFACE.to_vec();
+        frame::settings(&mut bytes, &[]);
+        let mut block = Vec::new();
+        hpack::named(&mut block, hpack::index::METHOD, b"CONNECT");
+        hpack::named(&mut block, hpack::index::AUTHORITY, b"10.0.0.1:80");
+        for n in 0..streams {
+            frame::head(&mut bytes, block.len(), frame::kind::HEADERS, frame::flag::END_HEADERS, 1 + 2 * n);
+            bytes.extend_from_slice(&block);
+        }
+        peer.write_all(&bytes).await.unwrap();
+        let mut opened = Vec::new();
+        for _ in 0..streams {
+            opened.push(soon(requests.next()).await.unwrap().accept().unwrap());
+        }
+        let mut ping = Vec::new();
+        frame::ping(&mut ping, false, *b"finished");
+        peer.write_all(&ping).await.unwrap();
+        let mut heard = Vec::new();
+        while !heard.ends_with(b"finished") {
+            assert_ne!(soon(peer.read_buf(&mut heard)).await.unwrap(), 0);
+        }
+        let (mut first, mut second) = (opened.remove(0), opened.remove(0));
+        let (tell, mut told) = sockets().await;
+        let speaks = start(async move {
+            told.read_u8().await.unwrap();
+            second.write_all(b"too").await.unwrap();
+            second
+        });
+        tokio::task::yield_now().await;
+        // Nobody looks at a socket between these two.
+        assert_eq!(tell.try_write(b"!").unwrap(), 1);
+        first.write_all(b"one").await.unwrap();
+        heard.clear();
+        let n = soon(peer.read_buf(&mut heard)).await.unwrap();
+        assert_eq!(n == 2 * (frame::HEAD + 3), together, "{n} bytes with {streams} streams");
+        drop((speaks.end().await, first));
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn much_passes_over_many_streams_at_once() {
     const SIZE: usize = 3_000_000;
