@@ -187,7 +187,9 @@ fn start(
         Kind::Inbound => {
             tasks.spawn_on(worker, "connection", inbound::plain::serve(shared, pod, socket, peer, room))
         }
-        Kind::Tunnel => tasks.spawn_on(worker, "connection", inbound::tunnel::serve(shared, pod, socket, room)),
+        Kind::Tunnel => {
+            tasks.spawn_on(worker, "connection", inbound::tunnel::serve(shared, pod, socket, room))
+        }
     };
 }
 

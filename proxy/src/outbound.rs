@@ -51,7 +51,7 @@ pub fn serve(
 /// How a connection is served.
 enum Served {
     /// Its bytes pass unseen.
-    Opaque(Box<Reached>),
+    Opaque(Reached),
     /// Its requests are looked at.
     Http { service: NamespacedName, port: u16 },
 }
@@ -273,7 +273,7 @@ impl Outbound {
     }
 
     /// Connects to one of the endpoints, to another where the first cannot be had.
-    async fn reach_one(&self, app: &Socket, targets: &[Target]) -> Option<Box<Reached>> {
+    async fn reach_one(&self, app: &Socket, targets: &[Target]) -> Option<Reached> {
         let Some((target, alternate)) = self.pod.balancer.choose(targets, |t| t.address) else {
             self.refuse(Reason::NoEndpoint);
             return None;
@@ -295,7 +295,7 @@ impl Outbound {
     }
 
     /// Connects to one endpoint; a failure is recorded.
-    async fn reach(&self, target: &Target, early: &mut Early<'_>) -> Result<Box<Reached>, ConnectError> {
+    async fn reach(&self, target: &Target, early: &mut Early<'_>) -> Result<Reached, ConnectError> {
         let (traffic, pair, mut session) = self.session(Some(target));
         let mut registration = self.register(target.workload.as_deref());
         let lease = self.pod.balancer.lease(target.address);
@@ -314,7 +314,7 @@ impl Outbound {
                     session.record.destination.identity = identity;
                 }
                 let seldom = Box::new(Seldom { _lease: lease, registration, session });
-                Ok(Box::new(Reached { early: Vec::new(), traffic, upstream, seldom }))
+                Ok(Reached { early: Vec::new(), traffic, upstream, seldom })
             }
             Err(error) => {
                 pair.failed(error.reason);
@@ -332,10 +332,10 @@ fn copy(
     pod: Arc<Pod>,
     source: Arc<Workload>,
     mut app: Socket,
-    reached: Box<Reached>,
+    reached: Reached,
 ) -> impl Future<Output = ()> + Send {
     // Here and not in the block, where what is given and what it becomes would both have room.
-    let Reached { early, traffic, mut upstream, mut seldom } = *reached;
+    let Reached { early, traffic, mut upstream, mut seldom } = reached;
     let upstream_cut = upstream.cut();
     upstream_cut.set(true);
     seldom.session.opened();

@@ -19,12 +19,7 @@ use prometheus_client::{
     metrics::{counter::Counter, family::Family, gauge::Gauge},
     registry::Registry,
 };
-use tokio::{
-    runtime::Handle,
-    sync::Notify,
-    task::AbortHandle,
-    time::timeout,
-};
+use tokio::{runtime::Handle, sync::Notify, task::AbortHandle, time::timeout};
 
 /// How long [`Tasks::join`] waits for the tasks that it aborted.
 const ABORT_GRACE: Duration = Duration::from_secs(1);

@@ -7,8 +7,8 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use futures_util::future::Either;
 use futures_util::FutureExt as _;
+use futures_util::future::Either;
 use http::StatusCode;
 use tokio::net::TcpStream;
 use weft_core::{SpiffeId, Workload, flow::Reason};
@@ -100,12 +100,7 @@ fn stream(
 }
 
 /// Judges a CONNECT, connects to the application, and answers.
-async fn set_up(
-    shared: Arc<Shared>,
-    pod: Arc<Pod>,
-    caller: Caller,
-    incoming: Incoming,
-) -> Option<Serving> {
+async fn set_up(shared: Arc<Shared>, pod: Arc<Pod>, caller: Caller, incoming: Incoming) -> Option<Serving> {
     if caller.session.validity.ended(SystemTime::now()) {
         // Nothing of it was done: the peer may ask again, under a new certificate.
         incoming.postpone();
@@ -146,7 +141,9 @@ async fn set_up(
     match admit(&shared, &pod, arrival).await {
         Ok(admitted) => match incoming.accept() {
             Ok(stream) => Some(match admitted {
-                Admitted::Opaque(opened) => Box::pin(forward(shared.config.idle_timeout, pod, opened, stream)),
+                Admitted::Opaque(opened) => {
+                    Box::pin(forward(shared.config.idle_timeout, pod, opened, stream))
+                }
                 Admitted::Http(http) => {
                     Box::pin(async move { serve_http(&shared, &pod, *http, stream).await })
                 }
@@ -219,6 +216,7 @@ fn status(error: &ConnectError) -> StatusCode {
     }
 }
 
+#[expect(clippy::manual_async_fn, reason = "that would have room for what it is given twice")]
 fn forward(
     idle: Duration,
     pod: Arc<Pod>,
