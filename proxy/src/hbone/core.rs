@@ -324,7 +324,7 @@ impl Core {
 
     /// Whether something is to be written, and so many streams are open that more will soon be.
     pub(super) fn crowded(&self) -> bool {
-        self.streams.len() >= CROWD && !self.out.is_empty()
+        self.streams.len() >= CROWD && !self.out.is_empty() && !self.choked()
     }
 
     /// The frames to be written now.
