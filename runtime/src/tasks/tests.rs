@@ -25,6 +25,34 @@ async fn a_panic_is_counted_and_harms_nobody() {
     assert!(text.contains("weft_tasks{name=\"good\"} 0"), "{text}");
 }
 
+/// Who waits for the tasks waits for all that they held too.
+#[tokio::test]
+async fn a_task_is_alive_until_what_it_held_is_gone() {
+    struct Held(Tasks, Option<oneshot::Sender<usize>>);
+    impl Drop for Held {
+        fn drop(&mut self) {
+            let alive = self.0.len();
+            self.1.take().map(|tell| tell.send(alive));
+        }
+    }
+    let tasks = Tasks::new();
+    for panics in [false, true] {
+        let (tell, told) = oneshot::channel();
+        let held = Held(tasks.clone(), Some(tell));
+        let task = tasks.spawn("holds", async move {
+            if panics {
+                panic!("on purpose");
+            }
+            pending::<()>().await;
+            drop(held);
+        });
+        tokio::task::yield_now().await;
+        task.abort();
+        assert_eq!(told.await, Ok(1), "panics: {panics}");
+    }
+    assert_eq!(tasks.join(Duration::from_secs(10)).await, 0);
+}
+
 #[tokio::test]
 async fn every_end_of_a_vital_task_is_seen() {
     let tasks = Tasks::new();
