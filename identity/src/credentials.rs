@@ -6,7 +6,7 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
-    time::{Duration, SystemTime},
+    time::SystemTime,
 };
 
 use rustls::{ClientConfig, ServerConfig, sign::CertifiedKey};
@@ -17,6 +17,7 @@ use x509_parser::{certificate::X509Certificate, prelude::FromDer};
 use crate::{
     issuer::Signed,
     key::SvidKey,
+    peer::{Peer, PeerError, time},
     tls,
     verify::{ExpectedWorkload, Purpose, TrustBundle},
 };
@@ -171,7 +172,7 @@ impl Credentials {
     }
 
     /// For accepting tunnels: TLS 1.3, ALPN `h2`, a client certificate of the same trust domain required,
-    /// X25519MLKEM768 preferred, no resumption. Read the peer's id with [`crate::peer_identity`].
+    /// X25519MLKEM768 preferred, no resumption. Whom it accepted, [`Self::peer`] says.
     pub fn server_config(&self) -> Arc<ServerConfig> {
         Arc::clone(&self.server)
     }
@@ -185,6 +186,17 @@ impl Credentials {
             expected: expected.clone(),
         }));
         Arc::new(config)
+    }
+
+    /// Whom a chain is of that a handshake under these credentials accepted.
+    ///
+    /// Says nothing of whether it may be trusted: [`Self::server_config`] and [`Self::client_config`] do, in the
+    /// handshake.
+    ///
+    /// # Errors
+    /// When it is no chain of a workload, which no handshake accepts.
+    pub fn peer(&self, chain: &[CertificateDer<'_>]) -> Result<Peer, PeerError> {
+        self.bundle.peer(chain)
     }
 
     /// As obtained earlier, by a process before this one.
@@ -229,9 +241,4 @@ impl fmt::Debug for Credentials {
             .field("not_after", &self.not_after)
             .finish_non_exhaustive()
     }
-}
-
-/// Seconds since the epoch; before it counts as the epoch.
-fn time(seconds: i64) -> SystemTime {
-    SystemTime::UNIX_EPOCH + Duration::from_secs(u64::try_from(seconds).unwrap_or(0))
 }

@@ -24,7 +24,7 @@ pub use credentials::{CredentialError, Credentials};
 pub use issuer::{BoxFuture, CsrSigner, IssueError, Issued, Issuer, Signed, Update};
 pub use key::{KeyError, SvidKey};
 pub use manager::{Clock, CredentialManager, ManagerConfig, SvidStatus};
-pub use peer::{PeerError, peer_identity};
+pub use peer::{Peer, PeerError, peer_identity};
 pub use store::{CredentialPublisher, CredentialReader, credentials};
 pub use verify::IdentityError;
 #[cfg(feature = "fuzzing")]

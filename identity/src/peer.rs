@@ -1,8 +1,40 @@
 //! Whose certificate it is: the SPIFFE id in it, read strictly.
 
+use std::time::{Duration, SystemTime};
+
 use rustls_pki_types::CertificateDer;
 use weft_core::{SpiffeId, id::InvalidSpiffeId};
 use x509_parser::{certificate::X509Certificate, extensions::GeneralName, prelude::FromDer};
+
+/// What a peer's chain says of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Peer {
+    /// Who it is.
+    pub identity: SpiffeId,
+    /// When the first of its certificates ends.
+    pub not_after: SystemTime,
+}
+
+impl Peer {
+    /// Reads a chain, leaf first.
+    ///
+    /// # Errors
+    /// As [`peer_identity`], or when another of its certificates cannot be read.
+    pub(crate) fn read(chain: &[CertificateDer<'_>]) -> Result<Self, PeerError> {
+        let identity = peer_identity(chain)?;
+        let mut not_after = i64::MAX;
+        for der in chain {
+            let (_, certificate) = X509Certificate::from_der(der).map_err(|_| PeerError::Malformed)?;
+            not_after = not_after.min(certificate.validity().not_after.timestamp());
+        }
+        Ok(Self { identity, not_after: time(not_after) })
+    }
+}
+
+/// Seconds since 1970 as a time; before it counts as the beginning.
+pub(crate) fn time(seconds: i64) -> SystemTime {
+    SystemTime::UNIX_EPOCH + Duration::from_secs(u64::try_from(seconds).unwrap_or(0))
+}
 
 /// Why a certificate is no X.509-SVID of a workload.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

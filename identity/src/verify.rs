@@ -13,7 +13,7 @@ use webpki::{EndEntityCert, KeyUsage, anchor_from_trusted_cert};
 use weft_core::{SpiffeId, TrustDomain};
 
 use self::known::{KnownChains, Shown};
-use crate::peer::{PeerError, peer_identity};
+use crate::peer::{Peer, PeerError, peer_identity};
 
 mod known;
 
@@ -132,6 +132,12 @@ impl TrustBundle {
             self.known.put(shown, peer.clone());
         }
         Ok(peer)
+    }
+
+    /// Whom a chain is of that [`Self::verify`] took. Read anew only where it is not remembered.
+    pub(crate) fn peer(&self, chain: &[CertificateDer<'_>]) -> Result<Peer, PeerError> {
+        let known = chain.split_first().and_then(|(leaf, rest)| self.known.whose(leaf, rest));
+        known.map_or_else(|| Peer::read(chain), Ok)
     }
 
     fn signature(

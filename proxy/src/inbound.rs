@@ -240,6 +240,6 @@ async fn dial(
             ConnectError::new(Reason::Timeout, format!("the application at {destination} did not answer"))
         })?
         .map_err(failed)?;
-    socket::tune_local(&stream);
+    socket::tune_noticed(&stream);
     Ok(Socket::new(stream))
 }

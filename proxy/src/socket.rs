@@ -43,9 +43,9 @@ pub fn tune(socket: &impl AsFd) {
     }
 }
 
-/// Sets what a socket towards an application of this node gets: no delay and a short queue. Its other end is in the same
-/// kernel, and cannot vanish without a word.
-pub fn tune_local(socket: &impl AsFd) {
+/// Sets what a socket gets whose other end cannot vanish unnoticed: no delay and a short queue. An application of this
+/// node is in the same kernel, and a tunnel is pinged.
+pub fn tune_noticed(socket: &impl AsFd) {
     let socket = SockRef::from(socket);
     let set = socket.set_tcp_nodelay(true).and_then(|()| socket.set_tcp_notsent_lowat(UNSENT));
     if let Err(error) = set {

@@ -9,9 +9,7 @@ use std::{
 };
 
 use rand::Rng;
-use rustls_pki_types::CertificateDer;
 use weft_core::flow::Tls;
-use x509_parser::{certificate::X509Certificate, prelude::FromDer};
 
 use crate::hbone;
 
@@ -83,7 +81,7 @@ pub struct Session {
     pub peer: SocketAddr,
     /// The negotiated protection.
     pub tls: Tls,
-    /// When the certificate that the peer showed ends.
+    /// When the first of the certificates ends that the peer showed.
     pub expires: SystemTime,
     /// Until when the peer is proven, later handshakes of the same ends included. The connection ends with it.
     pub validity: validity::Validity,
@@ -111,13 +109,6 @@ async fn passed(at: SystemTime) {
     {
         tokio::time::sleep(left.min(CLOCK)).await;
     }
-}
-
-/// When the leaf of a chain ends; `None` where it cannot be read.
-fn expiry(chain: &[CertificateDer<'_>]) -> Option<SystemTime> {
-    let (_, leaf) = X509Certificate::from_der(chain.first()?).ok()?;
-    let seconds = u64::try_from(leaf.validity().not_after.timestamp()).ok()?;
-    SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(seconds))
 }
 
 /// Pings the peer; tells of its first answer, and ends when it stopped to answer.

@@ -9,6 +9,7 @@ use weft_core::SpiffeId;
 use x509_parser::{certificate::X509Certificate, prelude::FromDer as _};
 
 use super::Purpose;
+use crate::peer::{Peer, time};
 
 /// Chains that are remembered; with one more all are forgotten.
 const MAX_CHAINS: usize = 512;
@@ -66,6 +67,21 @@ impl KnownChains {
         let known = self.0.lock();
         let known = known.get(shown)?;
         (known.from <= now && now <= known.until).then(|| known.peer.clone())
+    }
+
+    /// Whom a chain is of that was found good before, for whichever purpose.
+    pub(super) fn whose(
+        &self,
+        leaf: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+    ) -> Option<Peer> {
+        let mut shown = Shown::new(Purpose::Client, leaf, intermediates)?;
+        let all = self.0.lock();
+        let known = Purpose::ALL.into_iter().find_map(|purpose| {
+            shown.purpose = purpose;
+            all.get(&shown)
+        })?;
+        Some(Peer { identity: known.peer.clone(), not_after: time(known.until) })
     }
 
     /// Remembers a chain that was found good.

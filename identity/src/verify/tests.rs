@@ -80,3 +80,23 @@ fn chains_are_remembered_up_to_a_number_and_a_length() {
     }
     assert!(bundle.known.len() <= 512);
 }
+
+#[test]
+fn whom_an_accepted_chain_is_of_is_remembered() {
+    let ca = ca();
+    let (bundle, web) = (bundle(&ca), credentials(&ca, &id("web")));
+    let of_web = Peer { identity: id("web"), not_after: web.not_after() };
+    // Not remembered yet, so read.
+    assert_eq!(bundle.known.whose(&web.chain()[0], &web.chain()[1..]), None);
+    assert_eq!(bundle.peer(web.chain()), Ok(of_web.clone()));
+    for purpose in Purpose::ALL {
+        let bundle = self::bundle(&ca);
+        bundle.verify(&web.chain()[0], &web.chain()[1..], UnixTime::now(), purpose).unwrap();
+        assert_eq!(bundle.known.whose(&web.chain()[0], &web.chain()[1..]), Some(of_web.clone()));
+        assert_eq!(bundle.peer(web.chain()), Ok(of_web.clone()));
+    }
+    assert_eq!(bundle.peer(&[]), Err(PeerError::NoCertificate));
+    let mut spoiled = web.chain()[0].to_vec();
+    spoiled.truncate(40);
+    assert_eq!(bundle.peer(&[spoiled.into()]), Err(PeerError::Malformed));
+}

@@ -47,7 +47,7 @@ async fn tunnel(shared: Arc<Shared>, pod: Arc<Pod>, socket: TcpStream) {
         tracing::warn!(identity = %own, "a tunnel was refused: no credentials; is the operator reachable?");
         return;
     };
-    let accepted = Server::accept(socket, credentials.server_config(), shared.config.tunnel).await;
+    let accepted = Server::accept(socket, &credentials, shared.config.tunnel).await;
     let mut server = match accepted {
         Ok(server) => server,
         Err(error) => {
@@ -56,14 +56,7 @@ async fn tunnel(shared: Arc<Shared>, pod: Arc<Pod>, socket: TcpStream) {
             return;
         }
     };
-    let peer = match weft_identity::peer_identity(server.certificates()) {
-        Ok(peer) => peer,
-        Err(error) => {
-            shared.metrics.handshakes_failed.inc();
-            tracing::warn!(%error, "a tunnel was refused: its certificate names no identity");
-            return;
-        }
-    };
+    let peer = server.peer().clone();
     let ends = (pod.uid.clone(), peer.clone(), server.session().peer.ip().to_canonical());
     server.share(&shared.proven, ends);
     let caller = Caller { session: server.session().clone(), peer, own };

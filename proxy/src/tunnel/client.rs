@@ -221,9 +221,8 @@ impl Inner {
             let text = format!("{MAX_CONNECTIONS} tunnels to {} are full", key.address);
             return Err(ConnectError::new(Reason::LimitReached, text));
         }
-        let config = credentials.client_config(&key.expected);
         let (opener, control, connection, mut session) =
-            dial::handshake(&*self.net, key, &config, self.times).await?;
+            dial::handshake(&*self.net, key, credentials, self.times).await?;
         session.validity = self.theirs.share(key.clone(), session.expires);
         let ours = self.ours.share(key.clone(), credentials.not_after());
         let proof = Proof {

@@ -1,15 +1,16 @@
 //! The accepting end of tunnels.
 
-use std::{hash::Hash, net::SocketAddr, sync::Arc};
+use std::{hash::Hash, net::SocketAddr};
 
 use futures_util::future::Either;
 use http::{Method, StatusCode};
-use rustls_pki_types::CertificateDer;
 use tokio::net::TcpStream;
+use weft_core::SpiffeId;
+use weft_identity::{Credentials, PeerError};
 use weft_runtime::DrainWatcher;
 
 use super::{
-    ConnectRequest, PARTING, SETTINGS, Session, SourceInfo, Stream, Times, expiry, headers, keep_alive,
+    ConnectRequest, PARTING, SETTINGS, Session, SourceInfo, Stream, Times, headers, keep_alive,
     validity::{Validities, Validity},
 };
 use crate::{
@@ -27,9 +28,9 @@ pub enum AcceptError {
     /// TLS failed: a wrong certificate, garbage, or the peer went away.
     #[error("TLS handshake with the peer failed: {0}")]
     Tls(#[source] tls::Error),
-    /// The peer showed no certificate, or none that can be read.
-    #[error("the peer showed no certificate that can be read")]
-    NoCertificate,
+    /// The peer's certificate names no identity.
+    #[error(transparent)]
+    Peer(#[from] PeerError),
 }
 
 /// One accepted tunnel connection.
@@ -38,25 +39,26 @@ pub struct Server {
     requests: Requests,
     control: Control,
     session: Session,
-    certificates: Vec<CertificateDer<'static>>,
+    peer: SpiffeId,
     times: Times,
 }
 
 impl Server {
-    /// The TLS handshake on an accepted socket.
+    /// The TLS handshake on an accepted socket, under these credentials.
     ///
     /// # Errors
     /// When it fails or takes too long.
     pub async fn accept(
         mut socket: TcpStream,
-        config: Arc<rustls::ServerConfig>,
+        credentials: &Credentials,
         times: Times,
     ) -> Result<Self, AcceptError> {
         let handshake = async {
             let addresses = (socket.local_addr(), socket.peer_addr());
-            let mut tls = tls::accept(&mut socket, config).await.map_err(AcceptError::Tls)?;
-            let certificates = std::mem::take(&mut tls.certificates);
-            let expires = expiry(&certificates).ok_or(AcceptError::NoCertificate)?;
+            let tls =
+                tls::accept(&mut socket, credentials.server_config()).await.map_err(AcceptError::Tls)?;
+            let peer = credentials.peer(&tls.certificates)?;
+            let expires = peer.not_after;
             let session = Session {
                 local: addresses.0.map_err(|error| AcceptError::Tls(error.into()))?,
                 peer: addresses.1.map_err(|error| AcceptError::Tls(error.into()))?,
@@ -65,7 +67,7 @@ impl Server {
                 validity: Validity::new(expires),
             };
             let (requests, control, connection) = Connection::server(socket, tls, SETTINGS);
-            Ok(Self { connection, requests, control, session, certificates, times })
+            Ok(Self { connection, requests, control, session, peer: peer.identity, times })
         };
         tokio::time::timeout(times.handshake, handshake).await.map_err(|_| AcceptError::Timeout)?
     }
@@ -75,13 +77,13 @@ impl Server {
         &self.session
     }
 
-    /// The chain that the peer showed, verified by the TLS configuration.
-    pub fn certificates(&self) -> &[CertificateDer<'static>] {
-        &self.certificates
+    /// Who the peer is.
+    pub fn peer(&self) -> &SpiffeId {
+        &self.peer
     }
 
     /// Lets the connection share the validity of what the peer has proven with the others of the same ends: `key`
-    /// must name the Pod here, the peer's identity from [`Server::certificates`] and the peer's address. All of them
+    /// must name the Pod here, the peer's identity ([`Server::peer`]) and the peer's address. All of them
     /// last as long as the certificate of this handshake.
     pub fn share<K: Eq + Hash>(&mut self, validities: &Validities<K>, key: K) {
         self.session.validity = validities.share(key, self.session.expires);

@@ -1,12 +1,11 @@
 //! TCP, TLS and HTTP/2 handshake with a destination's proxy.
 
-use std::sync::Arc;
-
 use rustls_pki_types::ServerName;
 use weft_core::flow::Reason;
+use weft_identity::Credentials;
 
 use super::{
-    super::{SETTINGS, Session, Times, expiry, validity::Validity},
+    super::{SETTINGS, Session, Times, validity::Validity},
     Key,
 };
 use crate::{
@@ -22,7 +21,7 @@ pub(super) type Established = (Opener, Control, Connection, Session);
 pub(super) async fn handshake(
     net: &dyn PodNet,
     key: &Key,
-    config: &Arc<rustls::ClientConfig>,
+    credentials: &Credentials,
     times: Times,
 ) -> Result<Established, ConnectError> {
     let address = key.address;
@@ -43,21 +42,23 @@ pub(super) async fn handshake(
             ConnectError::new(Reason::Timeout, format!("the proxy of {address} did not answer in time"))
         })?
         .map_err(unreachable)?;
-    crate::socket::tune(&tcp);
-    let (local, peer) = (tcp.local_addr().map_err(unreachable)?, tcp.peer_addr().map_err(unreachable)?);
+    crate::socket::tune_noticed(&tcp);
+    let local = tcp.local_addr().map_err(unreachable)?;
     let establish = async {
+        let config = credentials.client_config(&key.expected);
         let name = ServerName::IpAddress(address.ip().into());
-        let tls = tls::connect(&mut tcp, config.clone(), name).await.map_err(|error| {
+        let tls = tls::connect(&mut tcp, config, name).await.map_err(|error| {
             let text =
                 format!("TLS with the proxy of {address}, expected to be {}, failed: {error}", key.expected);
             ConnectError::new(tls_reason(&error), text)
         })?;
-        let expires = expiry(&tls.certificates).ok_or_else(|| {
-            let text = format!("the certificate of the proxy of {address} cannot be read");
-            ConnectError::new(Reason::TlsFailure, text)
+        let peer = credentials.peer(&tls.certificates).map_err(|error| {
+            ConnectError::new(Reason::TlsFailure, format!("the proxy of {address}: {error}"))
         })?;
+        let expires = peer.not_after;
         let protection = tls.protection.clone();
-        let session = Session { local, peer, tls: protection, expires, validity: Validity::new(expires) };
+        let session =
+            Session { local, peer: address, tls: protection, expires, validity: Validity::new(expires) };
         let (opener, control, connection) = Connection::client(tcp, tls, SETTINGS);
         Ok((opener, control, connection, session))
     };
