@@ -103,9 +103,9 @@ impl Credentials {
             }
         }
         let (_, parsed) = X509Certificate::from_der(leaf).map_err(|_| CredentialError::Malformed)?;
-        let validity = parsed.validity();
-        let (not_before, not_after) =
-            (time(validity.not_before.timestamp()), time(validity.not_after.timestamp()));
+        let not_before = time(parsed.validity().not_before.timestamp());
+        // As its peers see it: they take the chain for as long as all of it is valid.
+        let not_after = bundle.peer(&signed.chain).map_err(|_| CredentialError::Malformed)?.not_after;
         let serial = parsed.raw_serial_as_string();
         let issued_by = parsed.issuer().to_string();
         let certified = Arc::new(CertifiedKey::from_der(signed.chain.clone(), key.private_key(), &provider)?);
@@ -141,7 +141,7 @@ impl Credentials {
         self.not_before
     }
 
-    /// When it expires.
+    /// When it expires: with the first certificate of its chain that does.
     pub fn not_after(&self) -> SystemTime {
         self.not_after
     }

@@ -100,3 +100,30 @@ fn whom_an_accepted_chain_is_of_is_remembered() {
     spoiled.truncate(40);
     assert_eq!(bundle.peer(&[spoiled.into()]), Err(PeerError::Malformed));
 }
+
+#[test]
+fn a_chain_ends_with_the_first_of_its_certificates() {
+    use crate::{Credentials, Signed, SvidKey, testing::HOUR};
+
+    let ca = ca();
+    let (now, key) = (std::time::SystemTime::now(), SvidKey::generate().unwrap());
+    let mut params = rcgen::CertificateParams::default();
+    params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    params.key_usages = vec![rcgen::KeyUsagePurpose::KeyCertSign];
+    params.not_after = (now + HOUR).into();
+    let signer = rcgen::KeyPair::generate().unwrap();
+    let between = params.signed_by(&signer, ca.signer()).unwrap().der().clone();
+    let mut params = leaf(&[WEB]);
+    params.not_after = (now + HOUR * 2).into();
+    let pair = rcgen::KeyPair::try_from(key.pkcs8()).unwrap();
+    let issuer = rcgen::Issuer::from_ca_cert_der(&between, signer).unwrap();
+    let chain = vec![params.signed_by(&pair, &issuer).unwrap().der().clone(), between];
+    let ours =
+        Credentials::new(&id("web"), key, Signed { chain: chain.clone(), roots: ca.roots() }, now).unwrap();
+    assert!(ours.not_after() <= now + HOUR, "{:?}", ours.not_after());
+    // What its peers find, whether they remember it or read it anew, is the same.
+    assert_eq!(bundle(&ca).peer(&chain).unwrap().not_after, ours.not_after());
+    let peer = bundle(&ca);
+    peer.verify(&chain[0], &chain[1..], UnixTime::now(), Purpose::Server).unwrap();
+    assert_eq!(peer.peer(&chain).unwrap().not_after, ours.not_after());
+}
