@@ -227,8 +227,11 @@ mod tests {
     }
 
     #[test]
-    fn the_page_holds_every_row() {
+    fn the_page_is_current_and_holds_every_row() {
         let page = page();
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/failure-modes.md");
+        let found = std::fs::read_to_string(path).unwrap();
+        assert!(found == page, "docs/failure-modes.md is stale; run `cargo xtask docs`");
         for row in ROWS {
             assert!(page.contains(&format!("## {}\n", row.fault)), "{}", row.name);
         }

@@ -1,4 +1,4 @@
-//! `cargo xtask bench`: builds what is measured as it is released, and runs the crate `bench`.
+//! `cargo xtask bench`: builds what is measured as images hold it, and runs the crate `bench`.
 
 use std::process::Command;
 
@@ -22,7 +22,7 @@ pub(crate) fn run(args: &[&str]) -> Outcome {
 }
 
 fn control_plane(args: &[&str]) -> Outcome {
-    let profile = Profile::Release;
+    let profile = Profile::Dist;
     let mut cargo = sh::cargo();
     cargo.args(["build", "--package", "weft-operator", "--package", "weft-bench", "--bins"]);
     profile.apply(&mut cargo);
@@ -34,9 +34,9 @@ fn control_plane(args: &[&str]) -> Outcome {
     sh::run(bench.args(args))
 }
 
-/// The node proxy beside its peers; what counts is built as images hold it.
+/// The node proxy beside its peers.
 fn proxy(args: &[&str]) -> Outcome {
-    let profile = if args.contains(&"--full") { Profile::Dist } else { Profile::Release };
+    let profile = Profile::Dist;
     bpf::build_programs(
         profile,
         &["weft-agent", "weft-operator", "weft-cli", "weft-tests", "weft-bench", "weft-bpf-tests"],
@@ -49,7 +49,7 @@ fn proxy(args: &[&str]) -> Outcome {
 
 /// The node proxy under mixed load with kills.
 fn soak(args: &[&str]) -> Outcome {
-    let profile = Profile::Release;
+    let profile = Profile::Quick;
     bpf::build_programs(profile, &["weft-agent", "weft-operator", "weft-cli", "weft-tests", "weft-bench"])?;
     let folder = profile.folder();
     let mut bench = sh::as_root(folder.join("weft-bench"))?;

@@ -18,13 +18,16 @@ const DEBIAN: [&str; 5] =
 const LLVM: &str = "/usr/lib/llvm-22";
 const DEBIAN_RUSTC: &str = "/usr/bin/rustc";
 
+/// The crates whose programs are the mesh, its lab and its demo.
+pub(crate) const PROGRAMS: [&str; 5] = ["weft-agent", "weft-cni", "weft-operator", "weft-cli", "weft-tests"];
+
 /// How the workspace is compiled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Profile {
     /// Unoptimised.
     Dev,
     /// What the demo and the end-to-end tests run: static, so that the test cluster's images can hold it too.
-    Release,
+    Quick,
     /// What images hold.
     Dist,
 }
@@ -34,7 +37,7 @@ impl Profile {
     pub(crate) fn folder(self) -> PathBuf {
         match self {
             Self::Dev => sh::target().join("debug"),
-            Self::Release => sh::target().join(triple()).join("release"),
+            Self::Quick => sh::target().join(triple()).join("quick"),
             Self::Dist => sh::target().join(triple()).join("dist"),
         }
     }
@@ -48,7 +51,7 @@ impl Profile {
         let flags = format!("CARGO_TARGET_{}_RUSTFLAGS", target.to_uppercase().replace('-', "_"));
         // With a target named, host programs such as build scripts stay as they are.
         cargo.args(["--target", &target]).env(flags, "-Ctarget-feature=+crt-static").env_remove("RUSTFLAGS");
-        cargo.args(if self == Self::Release { ["--profile", "release"] } else { ["--profile", "dist"] });
+        cargo.args(["--profile", if self == Self::Quick { "quick" } else { "dist" }]);
     }
 }
 
@@ -186,7 +189,7 @@ pub(crate) fn build(profile: Profile) -> Outcome {
             "Run this without sudo: the build needs no root, and the run asks for it itself.".into(),
         ));
     }
-    build_programs(profile, &["weft-agent", "weft-cni", "weft-operator", "weft-cli", "weft-tests"])
+    build_programs(profile, &PROGRAMS)
 }
 
 /// Builds the object and the binaries of these packages.

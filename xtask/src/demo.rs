@@ -15,7 +15,7 @@ pub(crate) fn run(args: &[&str]) -> Outcome {
     }
     let machine = machine::check().map_err(Failure::Unable)?;
     sh::say(&format!("This machine can run it: {machine}."));
-    let program = Profile::Release.folder().join("weft-demo");
+    let program = Profile::Quick.folder().join("weft-demo");
     if !args.contains(&"--down") || !program.is_file() {
         match bpf::pending() {
             Some((what, seconds)) => {
@@ -25,7 +25,7 @@ pub(crate) fn run(args: &[&str]) -> Outcome {
             None => sh::say("Nothing has to be installed."),
         }
         sh::say("Building as this user, into target/ (some minutes the first time, seconds after).");
-        bpf::build(Profile::Release)?;
+        bpf::build(Profile::Quick)?;
     }
     if !machine::is_root() {
         sh::say(
@@ -33,7 +33,7 @@ pub(crate) fn run(args: &[&str]) -> Outcome {
         );
     }
     let mut command = sh::as_root(&program)?;
-    command.args(args).env("WEFT_BIN_DIR", Profile::Release.folder());
+    command.args(args).env("WEFT_BIN_DIR", Profile::Quick.folder());
     // Becomes the demo: Ctrl-C must reach it alone, and this terminal stays its own until it has cleaned up.
     let error = command.exec();
     Err(Failure::Failed(format!("{} cannot be run: {error}", program.display())))

@@ -1,6 +1,7 @@
 //! `cargo xtask test`: eight tiers, from plain units to a real cluster and other kernels.
 
 use std::{
+    fs,
     io::{BufRead as _, BufReader},
     path::PathBuf,
     process::{Command, Stdio},
@@ -9,7 +10,7 @@ use std::{
 use crate::{
     Failure, Outcome,
     bpf::{self, Profile},
-    cluster, failed, images, kernels, machine, sh,
+    cluster, failed, images, kernels, lint, machine, sh,
 };
 
 mod lanes;
@@ -39,6 +40,14 @@ pub(crate) fn run(args: &[&str]) -> Outcome {
     let tiers = wanted(args)?;
     let needs_kernel = tiers.iter().any(|tier| *tier > 1);
     let able = if needs_kernel { machine::check() } else { Ok(String::new()) };
+    if let Some((what, seconds)) = bpf::pending() {
+        sh::say(&format!("Missing, about {seconds} s: {what}."));
+        // The tiers that can run without do; the others say what they lack.
+        if let Err(Failure::Failed(reason) | Failure::Unable(reason) | Failure::Usage(reason)) = bpf::setup()
+        {
+            sh::warn(&reason);
+        }
+    }
     let mut tally = Tally::default();
     let mut ran = Vec::new();
     for (tier, what) in TIERS.iter().filter(|(tier, _)| tiers.contains(tier)) {
@@ -101,36 +110,24 @@ fn wanted(args: &[&str]) -> Outcome<Vec<u8>> {
 
 fn run_tier(tier: u8, tally: &mut Tally) -> Outcome {
     match tier {
-        1 => {
-            // Without the tests of other tiers: the operator's own beside an API server are tier 6.
-            let mut cargo = sh::cargo();
-            libtest(cargo.args(["test", "--no-fail-fast", "--lib", "--bins"]), tally)?;
-            let mut cargo = sh::cargo();
-            cargo.args(["test", "--no-fail-fast", "--package", "weft-operator", "--test", "grpc"]);
-            libtest(&mut cargo, tally)?;
-            let mut cargo = sh::cargo();
-            cargo.args(["test", "--no-fail-fast", "--package", "weft-cni", "--test", "plugin"]);
-            libtest(&mut cargo, tally)?;
-            bpf::build_ebpf()?;
-            let mut cargo = sh::cargo();
-            cargo.args([
-                "test",
-                "--no-fail-fast",
-                "--package",
-                "weft-agent",
-                "--package",
-                "weft-tests",
-                "--lib",
-                "--bins",
-            ]);
-            libtest(&mut cargo, tally)
-        }
+        1 => units(tally),
         2..=4 => bpf_tests(tier, tally),
         5 => two_nodes(tally),
         6 => api_server(tally),
         7 => cluster(tally),
         _ => other_kernels(tally),
     }
+}
+
+/// What needs neither rights nor other programs: each crate's own tests, the operator's services over gRPC, and the CNI
+/// plugin as a process.
+fn units(tally: &mut Tally) -> Outcome {
+    // Where there is no compiler for BPF, the crates that do not hold the object are tested before that is told.
+    let object = bpf::build_ebpf();
+    let mut cargo = if object.is_ok() { together("test") } else { plain("test") };
+    cargo.args(["--no-fail-fast", "--lib", "--bins", "--test", "grpc", "--test", "plugin"]);
+    libtest(&mut cargo, tally)?;
+    object
 }
 
 /// Files of bpf-tests that tier 2 runs, and tier 3; every other one attaches to real hooks and is tier 4.
@@ -144,30 +141,29 @@ fn bpf_tests(tier: u8, tally: &mut Tally) -> Outcome {
         name if TEST_RUNS.contains(&name) => 3,
         _ => 4,
     };
-    let mut chosen = executables("weft-bpf-tests", "--tests", Profile::Dev)?;
-    chosen.retain(|(name, _)| of(name) == tier);
+    let mut names = files("bpf-tests")?;
+    names.retain(|name| of(name) == tier);
+    let mut chosen = executables("bpf-tests", &names)?;
     if tier == 4 {
-        chosen.extend(executables("weft-agent", "--tests", Profile::Dev)?);
-    }
-    if chosen.is_empty() {
-        return failed(format!("bpf-tests has no file for tier {tier}"));
+        chosen.append(&mut executables("agent", &files("agent")?)?);
     }
     run_as_root(&chosen, Profile::Dev, tally)
 }
 
 fn two_nodes(tally: &mut Tally) -> Outcome {
-    bpf::build(Profile::Release)?;
-    let mut tests = executables("weft-tests", "--tests", Profile::Release)?;
-    tests.retain(|(name, _)| !name.starts_with(CLUSTER));
+    bpf::build(Profile::Quick)?;
+    let mut names = files("tests")?;
+    names.retain(|name| !name.starts_with(CLUSTER));
+    let mut tests = executables("tests", &names)?;
     // The soak, in short.
-    tests.append(&mut executables("weft-bench", "--tests", Profile::Release)?);
-    run_as_root(&tests, Profile::Release, tally)
+    tests.append(&mut executables("bench", &files("bench")?)?);
+    run_as_root(&tests, Profile::Quick, tally)
 }
 
 /// The operator beside a real etcd and API server.
 fn api_server(tally: &mut Tally) -> Outcome {
     cluster::parts(&[])?;
-    let tests = executables("weft-operator", "--test=apiserver", Profile::Dev)?;
+    let tests = executables("operator", &["apiserver".into()])?;
     run_as_root(&tests, Profile::Dev, tally)
 }
 
@@ -177,46 +173,74 @@ const CLUSTER: &str = "cluster";
 /// Real clusters: first the tool that raises them, then Weft on them.
 fn cluster(tally: &mut Tally) -> Outcome {
     cluster::parts(&["--all"])?;
-    bpf::build(Profile::Release)?;
-    // A stranger's programs, for the tests beside a CNI that has its own.
-    bpf::build_programs(Profile::Release, &["weft-bpf-tests"])?;
-    images::save(Profile::Release, "registry.test/weft", "test", &sh::target().join("test-images"))?;
-    let mut tests = executables("weft-cluster", "--tests", Profile::Dev)?;
-    let mut own = executables("weft-tests", "--tests", Profile::Release)?;
-    own.retain(|(name, _)| name.starts_with(CLUSTER));
-    tests.append(&mut own);
-    lanes::run(&tests, |words| as_root(words, Profile::Release), sh::say, tally)
+    // With a stranger's programs, for the tests beside a CNI that has its own.
+    bpf::build_programs(Profile::Quick, &[&bpf::PROGRAMS[..], &["weft-bpf-tests"]].concat())?;
+    images::save(Profile::Quick, "registry.test/weft", "test", &sh::target().join("test-images"))?;
+    let mut tests = executables("cluster", &files("cluster")?)?;
+    let mut names = files("tests")?;
+    names.retain(|name| name.starts_with(CLUSTER));
+    tests.append(&mut executables("tests", &names)?);
+    lanes::run(&tests, |words| as_root(words, Profile::Quick), sh::say, tally)
 }
 
 /// The datapath on Debian's kernels.
 fn other_kernels(tally: &mut Tally) -> Outcome {
     bpf::build_ebpf()?;
-    libtest(&mut kernels::command(&executables("weft-agent", "--tests", Profile::Dev)?)?, tally)
+    libtest(&mut kernels::command(&executables("agent", &files("agent")?)?)?, tally)
 }
 
-/// Builds those of a package's test files that `which` chooses, and gives their names and programs.
-fn executables(package: &str, which: &str, profile: Profile) -> Outcome<Vec<(String, PathBuf)>> {
+/// A cargo command on the crates that need no BPF object.
+fn plain(what: &str) -> Command {
     let mut cargo = sh::cargo();
-    cargo.args(["test", "--no-run", which, "--package", package]);
-    profile.apply(&mut cargo);
+    cargo.arg(what);
+    cargo
+}
+
+/// A cargo command on all crates, for what tests in its first profile. cargo joins what features of a library the named crates want, and builds the library
+/// once for each such sum: with the same crates named each time there is one.
+fn together(what: &str) -> Command {
+    let mut cargo = plain(what);
+    // What is fuzzed is built in another way.
+    for package in lint::packages().filter(|package| package != "weft-fuzz") {
+        cargo.args(["--package", &package]);
+    }
+    cargo
+}
+
+/// The names of the test files of the crate in `folder`.
+fn files(folder: &str) -> Outcome<Vec<String>> {
+    let mut names = Vec::new();
+    for entry in fs::read_dir(sh::root().join(folder).join("tests"))? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|extension| extension == "rs") {
+            names.extend(path.file_stem().map(|name| name.to_string_lossy().into_owned()));
+        }
+    }
+    names.sort();
+    Ok(names)
+}
+
+/// Builds these test files of the crate in `folder`, and gives their names and programs.
+fn executables(folder: &str, names: &[String]) -> Outcome<Vec<(String, PathBuf)>> {
+    let mut cargo = together("test");
+    cargo.arg("--no-run");
+    for name in names {
+        cargo.args(["--test", name]);
+    }
     sh::run(&mut cargo)?;
     let out = cargo.args(["--message-format", "json"]).stderr(Stdio::null()).output()?;
     let text = String::from_utf8_lossy(&out.stdout);
     let mut tests = Vec::new();
-    for line in text.lines().filter(|line| line.contains(r#""kind":["test"]"#)) {
-        let field = |name: &str| {
-            let rest = line.split_once(&format!("\"{name}\":\""))?.1;
-            Some(rest.split_once('"')?.0.to_owned())
+    for name in names {
+        let file = sh::root().join(folder).join("tests").join(name).with_extension("rs");
+        let source = format!(r#""src_path":"{}""#, file.display());
+        let line = text.lines().find(|line| line.contains(&source));
+        let path = line.and_then(|line| Some(line.split_once(r#""executable":""#)?.1.split_once('"')?.0));
+        let Some(path) = path else {
+            return failed(format!("cargo built no program of {}", file.display()));
         };
-        let name = line.split_once(r#""target":{"#).and_then(|(_, rest)| {
-            let rest = rest.split_once("\"name\":\"")?.1;
-            Some(rest.split_once('"')?.0.to_owned())
-        });
-        if let (Some(name), Some(path)) = (name, field("executable")) {
-            tests.push((name, PathBuf::from(path)));
-        }
+        tests.push((name.clone(), PathBuf::from(path)));
     }
-    tests.sort();
     Ok(tests)
 }
 

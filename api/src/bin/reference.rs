@@ -1,32 +1,13 @@
-//! Writes the reference of the kinds: `reference` in the repository's root. With `--check`, writes nothing and fails where
-//! a page is stale.
+//! Writes the reference of the kinds: `reference` in the repository's root.
 #![forbid(unsafe_code)]
 
-use std::{error::Error, fs, path::Path, process::ExitCode};
+use std::{error::Error, fs, path::Path};
 
-fn main() -> Result<ExitCode, Box<dyn Error>> {
-    let check = match std::env::args().skip(1).collect::<Vec<_>>().as_slice() {
-        [] => false,
-        [one] if one == "--check" => true,
-        _ => {
-            eprintln!("usage: reference [--check]");
-            return Ok(ExitCode::from(2));
-        }
-    };
+fn main() -> Result<(), Box<dyn Error>> {
     let folder = Path::new("docs/reference");
-    let mut stale = false;
+    fs::create_dir_all(folder)?;
     for (name, text) in weft_api::reference::all()? {
-        let path = folder.join(name);
-        if fs::read_to_string(&path).is_ok_and(|old| old == text) {
-            continue;
-        }
-        stale = true;
-        if check {
-            eprintln!("{} is stale: run `cargo xtask docs` and commit the result", path.display());
-        } else {
-            fs::create_dir_all(folder)?;
-            fs::write(&path, text)?;
-        }
+        fs::write(folder.join(name), text)?;
     }
-    Ok(if check && stale { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+    Ok(())
 }
