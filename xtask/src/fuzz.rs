@@ -2,7 +2,7 @@
 
 use std::{fs, process::Command};
 
-use crate::{Failure, Outcome, bpf, failed, sh};
+use crate::{Failure, Outcome, bpf, failed, sh, test};
 
 /// Runs every target for that many seconds, 20 without an argument.
 pub(crate) fn run(args: &[&str]) -> Outcome {
@@ -14,14 +14,37 @@ pub(crate) fn run(args: &[&str]) -> Outcome {
         _ => return Err(Failure::Usage("fuzz takes one number, the seconds for each target".into())),
     };
     bpf::build_ebpf()?;
-    let mut cargo = sh::cargo();
-    // Coverage goes into this workspace's crates alone, by options of the stable compiler.
-    cargo.env("RUSTC_WORKSPACE_WRAPPER", sh::root().join("fuzz/rustc.sh"));
-    sh::run(cargo.args(["build", "--package", "weft-fuzz", "--bins"]))?;
-    let scratch = sh::target().join("fuzz");
-    let mut found = Vec::new();
+    let (_, found) = targets(seconds)?;
+    if found.is_empty() {
+        return Ok(());
+    }
+    failed(format!(
+        "fuzzing found something in {}; the inputs are in {}",
+        found.join(", "),
+        sh::target().join("fuzz/findings").display()
+    ))
+}
+
+/// Runs every target for that many seconds. How many found nothing, and the names of those that did.
+pub(crate) fn targets(seconds: u32) -> Outcome<(u64, Vec<String>)> {
+    if sh::which("c++").is_none() {
+        return Err(Failure::Unable(
+            "libFuzzer is built by a C++ compiler, and there is no c++ here; install g++ or clang".into(),
+        ));
+    }
+    let mut cargo = test::together("build");
+    cargo.args(["--package", "weft-fuzz"]);
     let mut targets: Vec<_> = fs::read_dir(sh::root().join("fuzz/seeds"))?.flatten().collect();
     targets.sort_by_key(fs::DirEntry::file_name);
+    for seeds in &targets {
+        cargo.arg("--bin").arg(seeds.file_name());
+    }
+    // A test among what is built makes the libraries those of the tests.
+    cargo.args(["--test", "plugin"]);
+    // Coverage goes into this workspace's crates alone, by options of the stable compiler.
+    sh::run(cargo.env("RUSTC_WORKSPACE_WRAPPER", sh::root().join("fuzz/rustc.sh")))?;
+    let scratch = sh::target().join("fuzz");
+    let (mut quiet, mut found) = (0, Vec::new());
     for seeds in targets {
         let name = seeds.file_name().to_string_lossy().into_owned();
         let (corpus, findings) = (scratch.join("corpus").join(&name), scratch.join("findings"));
@@ -40,16 +63,10 @@ pub(crate) fn run(args: &[&str]) -> Outcome {
             "fuzz: {name}: {}",
             if outcome.is_ok() { "nothing found" } else { "FOUND SOMETHING" }
         ));
-        if outcome.is_err() {
-            found.push(name);
+        match outcome {
+            Ok(()) => quiet += 1,
+            Err(_) => found.push(name),
         }
     }
-    if found.is_empty() {
-        return Ok(());
-    }
-    failed(format!(
-        "fuzzing found something in {}; the inputs are in {}",
-        found.join(", "),
-        scratch.display()
-    ))
+    Ok((quiet, found))
 }

@@ -10,7 +10,7 @@ use std::{
 use crate::{
     Failure, Outcome,
     bpf::{self, Profile},
-    cluster, failed, images, kernels, lint, machine, sh,
+    cluster, failed, fuzz, images, kernels, lint, machine, sh,
 };
 
 mod lanes;
@@ -119,15 +119,22 @@ fn run_tier(tier: u8, tally: &mut Tally) -> Outcome {
     }
 }
 
-/// What needs neither rights nor other programs: each crate's own tests, the operator's services over gRPC, and the CNI
-/// plugin as a process.
+/// For each target of the fuzzer: enough to run its seeds and what is near them.
+const FUZZ_SECONDS: u32 = 3;
+
+/// What needs neither rights nor other programs: each crate's own tests, the operator's services over gRPC, the CNI
+/// plugin as a process, and the parsers of hostile bytes under libFuzzer for a moment.
 fn units(tally: &mut Tally) -> Outcome {
     // Where there is no compiler for BPF, the crates that do not hold the object are tested before that is told.
     let object = bpf::build_ebpf();
     let mut cargo = if object.is_ok() { together("test") } else { plain("test") };
     cargo.args(["--no-fail-fast", "--lib", "--bins", "--test", "grpc", "--test", "plugin"]);
     libtest(&mut cargo, tally)?;
-    object
+    object?;
+    let (quiet, found) = fuzz::targets(FUZZ_SECONDS)?;
+    tally.passed += quiet;
+    tally.failed += found.len() as u64;
+    Ok(())
 }
 
 /// Files of bpf-tests that tier 2 runs, and tier 3; every other one attaches to real hooks and is tier 4.
@@ -198,7 +205,7 @@ fn plain(what: &str) -> Command {
 
 /// A cargo command on all crates, for what tests in its first profile. cargo joins what features of a library the named crates want, and builds the library
 /// once for each such sum: with the same crates named each time there is one.
-fn together(what: &str) -> Command {
+pub(crate) fn together(what: &str) -> Command {
     let mut cargo = plain(what);
     // What is fuzzed is built in another way.
     for package in lint::packages().filter(|package| package != "weft-fuzz") {
