@@ -39,8 +39,6 @@ pub(crate) fn targets(seconds: u32) -> Outcome<(u64, Vec<String>)> {
     for seeds in &targets {
         cargo.arg("--bin").arg(seeds.file_name());
     }
-    // A test among what is built makes the libraries those of the tests.
-    cargo.args(["--test", "plugin"]);
     // Coverage goes into this workspace's crates alone, by options of the stable compiler.
     sh::run(cargo.env("RUSTC_WORKSPACE_WRAPPER", sh::root().join("fuzz/rustc.sh")))?;
     let scratch = sh::target().join("fuzz");

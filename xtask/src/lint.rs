@@ -39,7 +39,10 @@ const LIBRARIES: [(&str, &[&str]); 6] = [
     ("aya-log", &["agent", "bpf-tests"]),
     ("kube", &["api", "bench", "operator", "cli"]),
     ("k8s-openapi", &["api", "bench", "operator", "cli"]),
-    ("tokio", &["agent", "bench", "cli", "identity", "operator", "proto", "proxy", "runtime", "tests"]),
+    (
+        "tokio",
+        &["agent", "bench", "cli", "fuzz", "identity", "operator", "proto", "proxy", "runtime", "tests"],
+    ),
 ];
 
 /// Where `unsafe` may be written.
